@@ -1,0 +1,234 @@
+"""The model card, in the form that timm's hosted models have."""
+
+import math
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs
+from timm.models._hub import generate_readme
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_dgconv import deploy
+from timm_dgconv.dgconv import DGConv2d
+
+BASELINE = "resnext50_32x4d.dgconv_in1k"
+"""The ResNeXt that the original release trained beside G-ResNeXt; timm alone loads it."""
+
+
+def fixed_groups(model: nn.Module) -> list[int]:
+    """The groups of the blocks of a compact G-ResNeXt; nothing for other models."""
+    return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else deploy.block_groups(model)
+
+
+class _Stats(NamedTuple):
+    params: float
+    macs: float
+    activations: float
+
+    def __str__(self) -> str:
+        return f"{self.params:.1f} M parameters, {self.macs:.1f} GMACs, {self.activations:.1f} M activations"
+
+
+def _stats(architecture: str, input_size: tuple[int, int, int], **kwargs: Any) -> _Stats:
+    """Counts in millions, multiply-adds in billions, for one image; activations are outputs of convs and linears."""
+    activations = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    with torch.device("meta"):
+        model = timm.create_model(architecture, **kwargs).eval()
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            model(torch.empty(1, *input_size))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return _Stats(params / 1e6, flops.get_total_flops() / 2e9, activations / 1e6)
+
+
+def model_card(model: Any) -> str:
+    """Model card in the form of timm's."""
+    cfg = model.pretrained_cfg
+    architecture, tag, size = cfg["architecture"], cfg["tag"], cfg["input_size"]
+    name, groups = f"{architecture}.{tag}", fixed_groups(model)
+    stats = _stats(architecture, size, num_classes=model.num_classes, **({"groups": groups} if groups else {}))
+    details: dict[str, Any] = {
+        "Model Type": "Image classification / feature backbone",
+        "Model Stats": {
+            "Params (M)": f"{stats.params:.1f}",
+            "GMACs": f"{stats.macs:.1f}",
+            "Activations (M)": f"{stats.activations:.1f}",
+            "Image size": f"{size[1]} x {size[2]}",
+        },
+    }
+    resnext = _RESNEXT.get(architecture)
+    if resnext is not None:
+        resnext_stats = _stats(resnext, size, num_classes=model.num_classes)
+        counted = "" if groups else "a DGConv is counted dense, as it is stored and computed; "
+        details["Compared with"] = f"{counted}`{resnext}`, the ResNeXt with 32 groups, has {resnext_stats}"
+    papers = [RESNEXT_PAPER] if name == BASELINE else [_PAPER, RESNEXT_PAPER]
+    details["Papers"] = [
+        f"{title}: {paper_id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, paper_id in papers
+    ]
+    if tag.endswith("in1k"):
+        details["Dataset"] = "ImageNet-1k"
+    if cfg.get("origin_url"):
+        details["Original"] = cfg["origin_url"]
+    if name in _CHECKPOINTS:
+        details["Original checkpoint"] = _CHECKPOINTS[name]
+    content = {
+        "tags": ["image-classification", "timm", *([] if name == BASELINE else ["timm-dgconv"])],
+        "license": cfg.get("license") or "unknown",
+        "description": _description(name, groups),
+        "details": details,
+        "usage": _usage(model, name),
+        "citation": _CITATION,
+    }
+    if name == BASELINE or (tag == "dgconv_in1k" and architecture in _RESNEXT):
+        content["comparison"] = _COMPARISON
+    return generate_readme(content, name)
+
+
+def _description(name: str, groups: list[int]) -> str:
+    architecture, _, tag = name.partition(".")
+    if name == BASELINE:
+        return (
+            "A ResNeXt-50 32x4d image classification model, the baseline of the original release of G-ResNeXt, trained "
+            "on ImageNet-1k by its authors.\n\ntimm loads it as it is. The `g_resnext50` of timm-dgconv takes the same "
+            "weights: the same function, with groups that can be learned further."
+        )
+    text = (
+        "A G-ResNeXt image classification model: a ResNeXt whose 3x3 convolutions learn how many groups they have "
+        "(DGConv, dynamic grouping convolution)."
+    )
+    if name == "g_resnext50.dgconv_in1k":
+        text += " Trained on ImageNet-1k by the authors of the original release."
+    elif name == "g_resnext101.dgconv_in1k":
+        text += (
+            " The original release describes it and has no weights for it: those beside this card were trained by who "
+            "publishes them here."
+        )
+    elif tag.startswith("resnext_") and name in get_arch_pretrained_cfgs(architecture):
+        text += (
+            f" Converted from timm's `{_RESNEXT[architecture]}.{tag.removeprefix('resnext_')}`: the same function with "
+            "32 groups in each block, which are not learned yet."
+        )
+    if groups:
+        text += (
+            "\n\nThis is the compact form: the same outputs from plain group convolutions. Groups of the blocks, in "
+            f"order: {', '.join(map(str, groups))}."
+        )
+    return text
+
+
+def _usage(model: Any, name: str) -> str:
+    height, width = model.pretrained_cfg["input_size"][1:]
+
+    def shape(info: dict[str, Any]) -> str:
+        return (
+            f"(1, {info['num_chs']}, {math.ceil(height / info['reduction'])}, {math.ceil(width / info['reduction'])})"
+        )
+
+    load = f'model = timm.create_model(\n    "hf-hub:OWNER/{name}",  # OWNER: the account of this repository'
+    install = "" if name == BASELINE else "```bash\npip install timm-dgconv  # timm then knows the model\n```\n\n"
+    shapes = "\n".join(f"    #  torch.Size([{shape(info)[1:-1]}])" for info in model.feature_info)
+    return f"""{install}### Image Classification
+```python
+{_IMAGE}
+
+{load}
+    pretrained=True,
+)
+{_TRANSFORM}
+
+output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
+
+top5_probabilities, top5_class_indices = torch.topk(output.softmax(dim=1) * 100, k=5)
+```
+
+### Feature Map Extraction
+```python
+{_IMAGE}
+
+{load}
+    pretrained=True,
+    features_only=True,
+)
+{_TRANSFORM}
+
+output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
+
+for o in output:
+    # print shape of each feature map in output
+    # e.g.:
+{shapes}
+    print(o.shape)
+```
+
+### Image Embeddings
+```python
+{_IMAGE}
+
+{load}
+    pretrained=True,
+    num_classes=0,  # remove classifier nn.Linear
+)
+{_TRANSFORM}
+
+output = model(transforms(img).unsqueeze(0))  # output is (batch_size, num_features) shaped tensor
+
+# or equivalently (without needing to set num_classes=0)
+
+output = model.forward_features(transforms(img).unsqueeze(0))
+# output is unpooled, a {shape(model.feature_info[-1])} shaped tensor
+
+output = model.forward_head(output, pre_logits=True)
+# output is a (1, num_features) shaped tensor
+```
+"""
+
+
+_RESNEXT = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d"}
+_CHECKPOINTS = {
+    "g_resnext50.dgconv_in1k": "https://drive.google.com/open?id=1elM-FVacE-Pkin_hCiW24oKCogHEaYRn",
+    BASELINE: "https://drive.google.com/open?id=1zVQm-aoJV6GRi-mCds7B8HVcsI8Jbjim",
+}
+_PAPER = (
+    "Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks",
+    "arXiv:1908.05867",
+)
+RESNEXT_PAPER = ("Aggregated Residual Transformations for Deep Neural Networks", "arXiv:1611.05431")
+_COMPARISON = """Accuracy on ImageNet-1k in percent, from the README of the
+[original release](https://github.com/d-li14/dgconv.pytorch) (cosine schedule, 120 epochs). These are its authors'
+figures, not measured again. It has none for a G-ResNeXt-101.
+
+|model                               |top-1 |top-5 |
+|------------------------------------|------|------|
+|G-ResNeXt-50 (`g_resnext50`)        |78.592|94.106|
+|ResNeXt-50 32x4d (`resnext50_32x4d`)|78.198|93.916|
+"""
+_CITATION = """@InProceedings{Zhang_2019_ICCV,
+  author = {Zhang, Zhaoyang and Li, Jingyu and Shao, Wenqi and Peng, Zhanglin and Zhang, Ruimao and Wang, Xiaogang and Luo, Ping},
+  title = {Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks},
+  booktitle = {The IEEE International Conference on Computer Vision (ICCV)},
+  month = {Oct},
+  year = {2019}
+}"""  # noqa: E501
+_IMAGE = """from urllib.request import urlopen
+
+import timm
+import torch
+from PIL import Image
+
+img = Image.open(
+    urlopen("https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png")
+)"""
+_TRANSFORM = """model = model.eval()
+
+# get model specific transforms (normalization, resize)
+data_config = timm.data.resolve_model_data_config(model)
+transforms = timm.data.create_transform(**data_config, is_training=False)"""
