@@ -1,0 +1,99 @@
+"""Fixtures that several test files share."""
+
+import os
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that they start, share the cores
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import settings
+from safetensors import safe_open
+
+# Time limits of single examples say more about the machine than about the code.
+settings.register_profile("timm-dgconv", deadline=None)
+settings.load_profile("timm-dgconv")
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "test_timm_suite" not in item.nodeid)
+
+
+Vectors = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]
+
+
+def uniform(n: int, key: int) -> np.ndarray:
+    """The formula of the parity vectors: n float64 numbers in [-1, 1)."""
+    i = np.arange(n, dtype=np.float64)
+    v = np.sin(12.9898 * (i % 65536.0) + 78.233 * (i // 65536.0) + 37.719 * key) * 43758.5453
+    return (v - np.floor(v)) * 2 - 1
+
+
+def original_value(name: str, shape: tuple[int, ...], key: int) -> torch.Tensor:
+    """Value of a parameter or buffer of the original release, as the parity vectors were made with."""
+    u = uniform(int(np.prod(shape)), key)
+    if name.endswith(".gate"):
+        u = np.where(u >= 0, 0.5, -0.5)
+    elif name.endswith("running_var"):
+        u = 1 + 0.5 * u**2
+    elif name.endswith("running_mean"):
+        u = 0.1 * u
+    elif len(shape) == 1:
+        u = 1 + 0.1 * u if name.endswith(".weight") else 0.1 * u
+    else:
+        u = u * np.sqrt(3 / (u.size / shape[0]))
+    return torch.from_numpy(u).reshape(shape)
+
+
+def original_state_dict(model: torch.nn.Module, key0: int) -> dict[str, torch.Tensor]:
+    """The original release's state dict, in float64, for a model of ours; without its constants D and I."""
+    shapes = {
+        name.replace("conv2.weight", "conv2.conv.weight") if ".conv2." in name else name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    return {name: original_value(name, shapes[name], key0 + n) for n, name in enumerate(sorted(shapes))}
+
+
+@pytest.fixture(scope="session")
+def parity() -> Vectors:
+    """Tensors and metadata of a file in tests/data, numbers computed with the original release in float64."""
+
+    def load(name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        with safe_open(DATA / f"{name}.safetensors", framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def original(parity: Vectors, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
+    """A training checkpoint of that time with the weights of the parity vectors, their input and logits."""
+    expected, metadata = parity("g_resnext50")
+    state_dict = original_state_dict(timm.create_model("g_resnext50", device="meta"), int(metadata["key0"]))
+    for name in [name for name in state_dict if name.endswith(".gate")]:
+        state_dict[name.replace(".gate", ".D")] = torch.eye(2)
+        state_dict[name.replace(".gate", ".I")] = torch.ones(2, 2)
+    checkpoint = {
+        "epoch": 120,
+        "arch": "g_resnext50",
+        "state_dict": {f"module.{name}": value.float() for name, value in state_dict.items()},
+        "best_acc1": torch.tensor(78.592),
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    }
+    file = tmp_path_factory.mktemp("original") / "g_resnext50.pth.tar"
+    torch.save(checkpoint, file)
+    size, input_key = int(metadata["size"]), int(metadata["input_key"])
+    x = torch.from_numpy(uniform(2 * 3 * size * size, input_key)).reshape(2, 3, size, size).float()
+    return file, x, expected["logits"].float()

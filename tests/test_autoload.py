@@ -1,0 +1,335 @@
+"""The models are there as soon as timm is, in whatever way and order timm, torch and this package are imported.
+
+What an import does can be seen once in a process, so every case has a process of its own.
+"""
+
+import configparser
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import dedent
+from types import MappingProxyType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "timm_dgconv").glob("*.py"))
+NO_CACHES = shutil.ignore_patterns("__pycache__")
+
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+NO_AUTOLOAD = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+# timm warns that it is "Overwriting" when a model is registered twice. Other warnings of torch and timm are not ours.
+MODULES = [f"timm_dgconv.{path.stem}" for path in SOURCES]
+OUR_WARNINGS = ["error:Overwriting", "error:timm-dgconv", *(f"error:::{name}" for name in ["timm_dgconv", *MODULES])]
+
+MODELS_WORK = """
+import timm
+missing = {"g_resnext50", "g_resnext101", "test_g_resnext"} - set(timm.list_models())
+assert not missing, missing
+assert type(timm.create_model("test_g_resnext")).__module__ == "timm_dgconv.g_resnext"
+"""
+
+LOADER_IS_THE_ORDINARY_ONE = """
+import importlib.machinery, timm.models
+assert type(timm.models.__loader__) is importlib.machinery.SourceFileLoader, timm.models.__loader__
+assert timm.models.__spec__.loader is timm.models.__loader__
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python finds nothing of the repository in the working directory, and our warnings are errors, in children too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONWARNINGS", ",".join(OUR_WARNINGS))
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+
+
+def python(*arguments: str | Path, env: Mapping[str, str] = NO_VARIABLES, cwd: Path | None = None) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **env}, cwd=cwd, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.fail(f"{done.stderr}\n{done.stdout}", pytrace=False)
+    return done.stdout
+
+
+def run(*code: str, env: Mapping[str, str] = NO_VARIABLES) -> str:
+    return python("-c", "\n".join(map(dedent, code)), env=env)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "timm_dgconv", source / "timm_dgconv", ignore=NO_CACHES)
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", cwd=source)
+    (path,) = (source / "dist").iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site-packages")
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["installed", "wheel"])
+def env(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The package as this environment has it, and as its wheel has it, ahead of this environment's."""
+    if request.param == "installed":
+        return {}
+    return {"PYTHONPATH": str(request.getfixturevalue("wheel_installed"))}
+
+
+# As installed, and from the wheel.
+
+
+def test_torch_alone_gets_one_finder_and_nothing_else(env: dict[str, str]) -> None:
+    run(
+        """
+        import sys, torch
+        loaded = {name for name in sys.modules if name.split(".")[0] in {"timm", "timm_dgconv", "torchvision"}}
+        assert loaded == {"timm_dgconv", "timm_dgconv.autoload"}, loaded
+
+        from timm_dgconv.autoload import install
+        install()
+        ours = [finder for finder in sys.meta_path if type(finder).__module__ == "timm_dgconv.autoload"]
+        assert len(ours) == 1, ours
+        """,
+        env=env,
+    )
+
+
+def test_timm_alone_has_the_models(env: dict[str, str]) -> None:
+    run(MODELS_WORK, "from timm_dgconv.autoload import install; install()", env=env)
+
+
+def test_without_autoload_the_package_registers_when_imported(env: dict[str, str]) -> None:
+    run(
+        """
+        import sys, torch, timm
+        assert "timm_dgconv" not in sys.modules
+        assert not timm.list_models("*g_resnext*")
+        import timm_dgconv
+        """,
+        MODELS_WORK,
+        env={**env, **NO_AUTOLOAD},
+    )
+
+
+# The wheel.
+
+
+def test_wheel_comes_before_what_is_installed(wheel_installed: Path) -> None:
+    found = run("import timm_dgconv; print(timm_dgconv.__file__)", env={"PYTHONPATH": str(wheel_installed)})
+    assert Path(found.strip()).parent == wheel_installed / "timm_dgconv"
+
+
+def test_wheel_holds_the_package_and_its_entry_points(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (path,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(archive.read(path).decode())
+    assert {name.split("/")[0] for name in names} == {"timm_dgconv", path.split("/")[0]}
+    assert {f"timm_dgconv/{source.name}" for source in SOURCES} <= set(names)
+    assert entry_points["console_scripts"]["timm-dgconv"] == "timm_dgconv.cli:main"
+    assert entry_points["torch.backends"]["timm_dgconv"] == "timm_dgconv.autoload:install"
+
+
+# Orders.
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch, timm",
+        "import timm, torch, timm_dgconv, timm_dgconv.g_resnext",
+        "import timm_dgconv, timm",
+        "import timm.models",
+        "from timm.models import create_model",
+        "from timm_dgconv import DGConv2d",
+        "from timm_dgconv.g_resnext import g_resnext50",
+    ],
+)
+def test_any_order(imports: str) -> None:
+    run(imports, MODELS_WORK)
+
+
+def test_without_autoload_the_package_may_come_first() -> None:
+    run("import timm_dgconv", MODELS_WORK, env=NO_AUTOLOAD)
+
+
+def test_timm_models_is_an_ordinary_module() -> None:
+    run(
+        "import importlib, inspect, pkgutil, timm.models",
+        LOADER_IS_THE_ORDINARY_ONE,
+        "importlib.reload(timm.models)",
+        LOADER_IS_THE_ORDINARY_ONE,
+        "assert pkgutil.get_data('timm.models', '__init__.py').decode() == inspect.getsource(timm.models)",
+        MODELS_WORK,
+    )
+
+
+def test_timm_of_a_clone(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("timm")
+    assert spec is not None
+    assert spec.origin is not None
+    clone = tmp_path / "clone"
+    shutil.copytree(Path(spec.origin).parent, clone / "timm", ignore=NO_CACHES)
+    # timm's train.py begins like this.
+    script = clone / "train.py"
+    script.write_text(f"import torch\nfrom timm import utils\n{MODELS_WORK}\nprint(timm.__file__)")
+    found = python(script, cwd=clone).strip()
+    assert Path(found).parent == clone / "timm"
+
+
+# Other processes.
+
+
+def test_spawned_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        dedent(
+            """
+            import multiprocessing, sys
+
+            def name_of_class(model):
+                import timm
+                return type(timm.create_model(model)).__name__
+
+            if __name__ == "__main__":
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    assert pool.apply(name_of_class, ["test_g_resnext"]) == "GResNeXt"
+                assert "timm" not in sys.modules
+            """
+        )
+    )
+    python(script)
+
+
+def test_spawned_workers_of_a_data_loader(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        dedent(
+            """
+            import sys
+            from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+            class Models(Dataset):
+                def __len__(self):
+                    return 4
+
+                def __getitem__(self, index):
+                    import timm
+                    return get_worker_info().id, timm.is_model("g_resnext50")
+
+            if __name__ == "__main__":
+                loader = DataLoader(Models(), batch_size=None, num_workers=2, multiprocessing_context="spawn")
+                found = sorted(map(tuple, loader))
+                assert found == [(0, True), (0, True), (1, True), (1, True)], found
+                assert "timm" not in sys.modules
+            """
+        )
+    )
+    python(script)
+
+
+def test_ranks_of_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        dedent(
+            """
+            import timm
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo")
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, (dist.get_rank(), timm.is_model("g_resnext50")))
+            dist.destroy_process_group()
+            assert found == [(0, True), (1, True)], found
+            """
+        )
+    )
+    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+
+
+# Failures, and others in the way.
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "error", "imports", "env"),
+    [
+        ("g_resnext", "raise ImportError('broken here')", "ImportError: broken here", "torch, timm", NO_VARIABLES),
+        ("g_resnext", "1 +", "SyntaxError: ", "timm, timm_dgconv", NO_VARIABLES),
+        ("dgconv", "raise RuntimeError('broken here')", "RuntimeError: broken here", "torch, timm", NO_VARIABLES),
+        ("dgconv", "raise RuntimeError('broken here')", "RuntimeError: broken here", "timm, timm_dgconv", NO_AUTOLOAD),
+    ],
+    ids=["ImportError", "SyntaxError", "RuntimeError", "without autoload"],
+)
+def test_timm_works_with_one_warning_when_ours_is_broken(
+    tmp_path: Path, module: str, line: str, error: str, imports: str, env: Mapping[str, str]
+) -> None:
+    package = shutil.copytree(ROOT / "timm_dgconv", tmp_path / "broken" / "timm_dgconv", ignore=NO_CACHES)
+    path = package / f"{module}.py"
+    path.write_text(f"{line}\n{path.read_text()}")
+    output = run(
+        f"""
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import {imports}, timm_dgconv
+            timm.create_model("test_resnet")
+            assert not timm.list_models("*g_resnext*")
+        print(*(warning.message for warning in caught if "dgconv" in str(warning.message)), sep="\\n")
+        """,
+        env={**env, "PYTHONPATH": str(package.parent)},
+    )
+    (warning,) = output.splitlines()
+    assert warning.startswith("timm-dgconv could not register its models, timm works without them: ")
+    assert error in warning
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        # A second finder that asks all the others, as ours does.
+        "importlib.reload(timm_dgconv.autoload).install()",
+        # An old one; Python itself passes over it.
+        "sys.meta_path.insert(0, types.SimpleNamespace(find_module=lambda name, path: None))",
+    ],
+    ids=["a second one", "one without find_spec"],
+)
+def test_finder_gets_along_with_another(other: str) -> None:
+    run("import importlib, sys, torch, types, timm_dgconv.autoload", other, MODELS_WORK)
+
+
+# The public surface.
+
+
+def test_public_names() -> None:
+    run(
+        """
+        import sys, timm_dgconv
+        assert "torch" not in sys.modules
+        names = timm_dgconv.__all__
+        assert "DGConv2d" in names and "complexity" in names and set(names) <= set(dir(timm_dgconv))
+        try:
+            timm_dgconv.nonsense
+        except AttributeError as error:
+            assert all(word in str(error) for word in ["nonsense", *names]), error
+        else:
+            raise AssertionError("nonsense is there")
+        from timm_dgconv import *
+        assert set(names) <= set(globals())
+        import timm_dgconv.regularizer
+        assert callable(timm_dgconv.complexity) and timm_dgconv.complexity is complexity
+        """
+    )

@@ -1,0 +1,140 @@
+"""The numbers of the original release, in float64 and on CUDA also in lower precision."""
+
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import Vectors, original_state_dict, uniform
+from torch.testing import assert_close
+
+import timm_dgconv
+from timm_dgconv import DGConv2d
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
+NUM_CASES = 8
+
+
+def _layer(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DGConv2d:
+    conv = DGConv2d(
+        spec["channels"],
+        spec["channels"],
+        spec["kernel_size"],
+        stride=spec["stride"],
+        padding=spec["padding"],
+        dilation=spec["dilation"],
+        bias=spec["bias"],
+        sort=spec["sort"],
+        dtype=torch.float64,
+    )
+    conv.load_state_dict({key: tensors[key] for key in ("weight", "bias", "gate") if key in tensors})
+    return conv
+
+
+def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tensors, metadata = parity("dgconv2d")
+    specs = json.loads(metadata["cases"])
+    assert len(specs) == NUM_CASES
+    spec = specs[case]
+    assert spec["name"] == f"case{case}"
+    return spec, {key.split(".", 1)[1]: value for key, value in tensors.items() if key.startswith(f"case{case}.")}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("case", range(NUM_CASES))
+def test_layer(parity: Vectors, case: int, memory_format: torch.memory_format) -> None:
+    spec, expected = _case(parity, case)
+    conv = _layer(spec, expected).to(memory_format=memory_format)
+    x = expected["x"].to(memory_format=memory_format).requires_grad_()
+    y = conv(x)
+    assert_close(y, expected["y"], **TOLERANCE)
+    y.backward(expected["grad_y"])
+    assert_close(x.grad, expected["grad_x"], **TOLERANCE)
+    assert_close(conv.weight.grad, expected["grad_weight"], **TOLERANCE)
+    if spec["bias"]:
+        assert_close(conv.bias.grad, expected["grad_y"].sum((0, 2, 3)), **TOLERANCE)
+    assert ("grad_gate" in expected) == (not spec["sort"])
+    if not spec["sort"]:
+        assert_close(conv.gate.grad, expected["grad_gate"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", range(NUM_CASES))
+def test_layer_regularizer(parity: Vectors, case: int) -> None:
+    spec, expected = _case(parity, case)
+    conv = _layer(spec, expected)
+    complexity = conv.complexity()
+    assert_close(complexity.reshape(1), expected["regularizer"], **TOLERANCE)
+    assert_close(conv.connectivity().sum().reshape(1), expected["regularizer"], **TOLERANCE)
+    complexity.backward()
+    assert_close(conv.gate.grad, expected["grad_regularizer"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["g_resnext50", "g_resnext101"])
+def test_network(parity: Vectors, name: str) -> None:
+    expected, metadata = parity(name)
+    model = timm.create_model(name, dtype=torch.float64).eval()
+    state_dict = original_state_dict(model, int(metadata["key0"]))
+    missing, unexpected = model.load_state_dict(
+        {key.replace("conv2.conv.weight", "conv2.weight"): value for key, value in state_dict.items()}, strict=False
+    )
+    assert not unexpected
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    del state_dict
+    size, input_key = int(metadata["size"]), int(metadata["input_key"])
+    x = torch.from_numpy(uniform(2 * 3 * size * size, input_key)).reshape(2, 3, size, size)
+    logits = model(x)
+    regularizer = timm_dgconv.complexity(model)
+    assert_close(logits, expected["logits"], **TOLERANCE)
+    assert_close(regularizer.reshape(1), expected["regularizer"], **TOLERANCE)
+    weight = torch.from_numpy(uniform(2000, input_key + 1)).reshape(2, 1000)
+    wanted = {key.removeprefix("grad."): value for key, value in expected.items() if key.startswith("grad.")}
+    parameters = dict(model.named_parameters())
+    assert {key for key in parameters if key.endswith(".gate")} <= wanted.keys()
+    loss = (logits * weight).sum() + 1e-6 * regularizer
+    inputs = [parameters[key.replace("conv2.conv.weight", "conv2.weight")] for key in wanted]
+    for (key, value), grad in zip(wanted.items(), torch.autograd.grad(loss, inputs), strict=True):
+        assert_close(grad, value, **TOLERANCE, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("case", range(NUM_CASES))
+@pytest.mark.parametrize(("autocast", "rtol"), [(False, 1e-4), (True, 5e-2)], ids=["float32", "bfloat16"])
+def test_layer_on_cuda(parity: Vectors, case: int, autocast: bool, rtol: float) -> None:
+    spec, expected = _case(parity, case)
+    conv = _layer(spec, expected).to("cuda", torch.float32)
+    x = expected["x"].to("cuda", torch.float32).requires_grad_()
+    allow_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y = conv(x)
+        y.backward(expected["grad_y"].to("cuda", y.dtype))
+    finally:
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    grads = {"grad_x": x.grad, "grad_weight": conv.weight.grad, "grad_gate": conv.gate.grad, "y": y}
+    for key, value in grads.items():
+        if key in expected:
+            # Sums of many rounded products: measured against the largest value, not each.
+            assert_close(value.double().cpu(), expected[key], rtol=rtol, atol=rtol * float(expected[key].abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["g_resnext50", "g_resnext101"])
+def test_network_on_cuda(parity: Vectors, name: str) -> None:
+    expected, metadata = parity(name)
+    model = timm.create_model(name, dtype=torch.float64).eval()
+    state_dict = original_state_dict(model, int(metadata["key0"]))
+    model.load_state_dict(
+        {key.replace("conv2.conv.weight", "conv2.weight"): value for key, value in state_dict.items()}, strict=False
+    )
+    model = model.to("cuda", torch.float32)
+    size, input_key = int(metadata["size"]), int(metadata["input_key"])
+    x = torch.from_numpy(uniform(2 * 3 * size * size, input_key)).reshape(2, 3, size, size).to("cuda", torch.float32)
+    with torch.inference_mode():
+        for autocast, rtol in [(False, 1e-3), (True, 5e-2)]:
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                logits = model(x)
+            wanted = expected["logits"]
+            assert_close(logits.double().cpu(), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))

@@ -1,0 +1,220 @@
+"""timm's own scripts, unchanged, on our models, which nothing imports: PyTorch does (see timm_dgconv.autoload).
+
+The scripts are in timm's repository only. TIMM_SCRIPTS_DIR is a checkout of a release of it.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SCRIPTS = Path(os.environ.get("TIMM_SCRIPTS_DIR", "")).resolve()
+pytestmark = pytest.mark.skipif(
+    "TIMM_SCRIPTS_DIR" not in os.environ, reason="TIMM_SCRIPTS_DIR is not set to a checkout of timm's repository"
+)
+
+COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "grey": (128, 128, 128), "red": (200, 60, 60)}
+IMAGES = {"train": 16, "validation": 8}  # a class
+
+DATA = ["--num-classes", "4", "--img-size", "64", "--workers", "1"]
+# Without zero_init_last=False a block starts as the identity, and its convolution would hardly count so early.
+TINY = ["--model", "test_g_resnext", "--model-kwargs", "zero_init_last=False", *DATA]
+CPU = ["--device", "cpu"]
+AMP = ["--amp", "--amp-dtype", "bfloat16"]
+TRAIN = ["--batch-size", "8", "--validation-batch-size", "32", "--lr", "0.05", "--warmup-epochs", "0"]
+# A fast average, so that the averaged model differs from the one at hand and from the initial one.
+EMA = ["--model-ema", "--model-ema-decay", "0.5", "--grad-accum-steps", "2"]
+
+PRINTED = 6e-4  # train.py prints three digits of a loss, validate.py four
+
+
+class Scores(NamedTuple):
+    loss: float
+    top1: float
+
+
+class Run(NamedTuple):
+    """What train.py left behind."""
+
+    folder: Path
+    log: str
+    epochs: dict[int, Scores]  # of the evaluation in summary.csv
+
+
+def script(name: str, *args: str | Path, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run([sys.executable, SCRIPTS / name, *args], capture_output=True, text=True)
+    assert bool(result.returncode) is fails, f"{name} exited with {result.returncode}\n{result.stderr[-5000:]}"
+    return result
+
+
+def train(images: Path, folder: Path, *args: str | Path) -> Run:
+    log = script("train.py", "--data-dir", images, "--output", folder.parent, "--experiment", folder.name, *args).stderr
+    rows = read_csv(folder / "summary.csv")
+    epochs = {int(row["epoch"]): Scores(float(row["eval_loss"]), float(row["eval_top1"])) for row in rows}
+    return Run(folder, log, epochs)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def evaluations(log: str, kind: str = "Test") -> list[Scores]:
+    """What a script logged of its evaluations, one line each since the images are one batch."""
+    found = re.findall(rf"^{re.escape(kind)}: .* Loss: .*?\( *([\d.]+)\) +Acc@1: .*?\( *([\d.]+)\)", log, re.MULTILINE)
+    return [Scores(float(loss), float(top1)) for loss, top1 in found]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of noise around a colour a class, too much noise for a top-1 of 100 %."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in IMAGES.items():
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(colour) + random.normal(0, 60, 3) + random.normal(0, 40, (48, 48, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{name}_{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("train") / "first"
+    return train(images, folder, *TINY, *CPU, *AMP, *TRAIN, *EMA, "--epochs", "2")
+
+
+def test_train(trained: Run) -> None:
+    assert list(trained.epochs) == [0, 1]
+    assert len(evaluations(trained.log)) == 2
+    of_average = evaluations(trained.log, "Test (EMA)")
+    assert [(round(loss, 3), top1) for loss, top1 in trained.epochs.values()] == of_average
+
+
+def test_train_resumes(trained: Run, images: Path, tmp_path: Path) -> None:
+    last = trained.folder / "last.pth.tar"
+    resumed = train(images, tmp_path / "on", *TINY, *CPU, *AMP, *TRAIN, *EMA, "--epochs", "3", "--resume", last)
+    assert f"Loaded checkpoint '{last}' (epoch 1)" in resumed.log
+    assert f"Loaded state_dict_ema from checkpoint '{last}'" in resumed.log
+    assert list(resumed.epochs) == [2]
+    assert resumed.epochs[2].loss < trained.epochs[0].loss
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kind", "args"),
+    [
+        (".", "Test (EMA)", ["--use-ema"]),  # all checkpoints in the folder
+        ("last.pth.tar", "Test", []),
+        ("model_best.pth.tar", "Test (EMA)", ["--use-ema", "--channels-last"]),
+    ],
+)
+def test_validate_scores_as_train_did(
+    checkpoint: str, kind: str, args: list[str], trained: Run, images: Path, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.json"
+    options = ["--checkpoint", trained.folder / checkpoint, "--results-file", results, "--results-format", "json"]
+    log = script("validate.py", "--data-dir", images, *TINY, *CPU, *AMP, "--batch-size", "32", *args, *options).stderr
+    of_epoch = evaluations(trained.log, kind)
+    best = max(trained.epochs, key=lambda epoch: trained.epochs[epoch].top1)
+    epochs = {"checkpoint-0.pth.tar": 0, "checkpoint-1.pth.tar": 1, "last.pth.tar": 1, "model_best.pth.tar": best}
+    scored = json.loads(results.read_text())
+    scored = scored if isinstance(scored, list) else [{"checkpoint": checkpoint, **scored}]
+    names = epochs if checkpoint == "." else [checkpoint]
+    assert {Path(result["checkpoint"]).name: round(result["top1"], 3) for result in scored} == {
+        name: of_epoch[epochs[name]].top1 for name in names
+    }
+    tolerance = 2e-2 if "--channels-last" in args else PRINTED  # other kernels round differently in bfloat16
+    losses = [of_epoch[epochs[name]].loss for name in names]
+    assert [loss for loss, _ in evaluations(log)] == pytest.approx(losses, abs=tolerance)
+
+
+def test_inference_labels_every_image(trained: Run, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
+    options = ["--checkpoint", trained.folder / "last.pth.tar", "--include-index", "--label-type", "none"]
+    results = ["--results-dir", tmp_path, "--results-file", "results.csv"]
+    script("inference.py", "--data-dir", images, *TINY, *CPU, *AMP, *options, *results)
+    rows = read_csv(tmp_path / "results.csv")
+    assert sorted(row["filename"] for row in rows) == sorted(path.name for path in images.glob("validation/*/*"))
+    right = [row["filename"].startswith(sorted(COLOURS)[int(row["index"])]) for row in rows]
+    assert 100 * sum(right) / len(right) == trained.epochs[1].top1  # it, too, takes the averaged model
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    tiny = ["--model", "test_g_resnext", "--num-classes", "4", "--img-size", "64", "--batch-size", "4"]
+    few = ["--num-warm-iter", "1", "--num-bench-iter", "5"]
+    script("benchmark.py", *tiny, *CPU, *few, "--bench", "both", "--results-file", results, "--results-format", "json")
+    scores = json.loads(results.read_text())
+    assert scores["infer_samples_per_sec"] > 0
+    assert scores["train_samples_per_sec"] > 0
+
+
+def test_g_resnext50(images: Path, tmp_path: Path) -> None:
+    model = ["--model", "g_resnext50", "--model-kwargs", "zero_init_last=False", *DATA, *CPU]
+    options = ["--batch-size", "32", "--lr", "2e-3", "--warmup-epochs", "0", "--epochs", "1", "--checkpoint-hist", "1"]
+    run = train(images, tmp_path / "run", *model, *options)
+    last = run.folder / "last.pth.tar"
+    as_train = ["--batch-size", "32", "--use-train-size"]  # validate.py crops for the test size if there is one
+    log = script("validate.py", "--data-dir", images, *model, *as_train, "--checkpoint", last).stderr
+    shutil.rmtree(run.folder)  # 0.5 GB
+    (loss, top1) = evaluations(log)[0]
+    assert top1 == run.epochs[0].top1
+    assert loss == pytest.approx(run.epochs[0].loss, abs=PRINTED)
+
+
+def test_original_checkpoint(original: tuple[Path, torch.Tensor, torch.Tensor], images: Path, tmp_path: Path) -> None:
+    """The original release's file as it is, in the three ways that the scripts have for a file."""
+    file, *_ = original
+    weights = torch.load(file, weights_only=True)["state_dict"]
+    model = ["--model", "g_resnext50", "--img-size", "64", "--workers", "1", "--batch-size", "32", *CPU]
+    log = script("validate.py", "--data-dir", images, *model, "--checkpoint", file).stderr
+    assert np.isfinite(evaluations(log)[0].loss)
+
+    still = [
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-30",
+        "--min-lr",
+        "0",
+        "--weight-decay",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--checkpoint-hist",
+        "1",
+    ]
+    for option in (["--initial-checkpoint"], ["--pretrained", "--pretrained-path"]):
+        run = train(images, tmp_path / option[-1].strip("-"), *model, *still, *option, file)
+        state_dict = torch.load(run.folder / "last.pth.tar", weights_only=False)["state_dict"]
+        for name in ("conv1.weight", "layer4.2.conv2.conv.weight", "layer3.0.conv2.gate"):
+            assert torch.equal(state_dict[name.replace(".conv.", ".")], weights[f"module.{name}"])
+        shutil.rmtree(run.folder)  # 0.5 GB
+
+
+def test_unknown_argument_is_named(images: Path, tmp_path: Path) -> None:
+    unknown = ["--model-kwargs", "nonsense=1"]
+    result = script("train.py", "--data-dir", images, "--output", tmp_path, *TINY, *CPU, *unknown, fails=True)
+    assert "nonsense=1" in result.stderr.splitlines()[-1]
+    assert str(SCRIPTS / "timm" / "models") in result.stderr  # the timm beside the scripts is the one that ran
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_train_on_cuda(images: Path, tmp_path: Path) -> None:
+    cuda = ["--device", "cuda", "--amp", "--channels-last"]
+    run = train(images, tmp_path / "run", *TINY, *cuda, *TRAIN, "--epochs", "1")
+    assert list(run.epochs) == [0]
+    assert np.isfinite(run.epochs[0].loss)

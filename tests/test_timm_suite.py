@@ -1,0 +1,96 @@
+"""timm's own model tests on our models, against the installed and the oldest supported timm.
+
+timm has its tests in its source distribution only, so this needs a package index.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import pytest
+from packaging.requirements import Requirement
+
+TESTS = (
+    "forward",
+    "backward",
+    "default_cfgs",
+    "forward_torchscript",
+    "forward_features",
+    "forward_intermediates",
+    "forward_intermediates_features",
+    "forward_fx",
+    "backward_fx",
+    "forward_fx_torchscript",
+)
+SMALL = ("g_resnext50", "test_g_resnext")
+LARGE = ("g_resnext101",)  # most of the time, and up to 10 GB of memory
+
+
+class Suite(NamedTuple):
+    """timm's tests of one version, and the environment in which Python imports that timm."""
+
+    root: Path
+    env: dict[str, str]
+
+
+def oldest_timm() -> str:
+    requirements = map(Requirement, importlib.metadata.requires("timm-dgconv") or [])
+    timm = next(requirement for requirement in requirements if requirement.name == "timm")
+    return next(bound.version for bound in timm.specifier if bound.operator == ">=")
+
+
+def pip(*args: str | Path) -> None:
+    result = subprocess.run([sys.executable, "-m", "pip", *args], capture_output=True, text=True)
+    gave_up = "from versions: none" in result.stderr or "Max retries exceeded" in result.stderr
+    if result.returncode and gave_up and "connection broken by" in result.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module", params=list(dict.fromkeys([importlib.metadata.version("timm"), oldest_timm()])))
+def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    version, folder = request.param, tmp_path_factory.mktemp("timm")
+    timm = f"timm=={version}"
+    pip("download", "--no-deps", "--no-binary", "timm", "--no-build-isolation", timm, "-d", folder)
+    shutil.unpack_archive(folder / f"timm-{version}.tar.gz", folder)
+    root = folder / f"timm-{version}"
+    shutil.rmtree(root / "timm")  # `python -m pytest` would import it rather than the installed one
+    (root / "conftest.py").write_text(f"import timm\n\nassert timm.__version__ == {version!r}, timm.__file__\n")
+
+    # The forward_intermediates tests take the models of the listed modules, and a plugin's module is not listed.
+    tests, listed = root / "tests" / "test_models.py", "FEAT_INTER_FILTERS = ["
+    text = tests.read_text(encoding="utf-8")
+    assert text.count(listed) == 1
+    tests.write_text(text.replace(listed, f"{listed}'g_resnext', "), encoding="utf-8")
+
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    # The longest part of the suite: all cores, without holding those that another worker can use.
+    env |= {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "PASSIVE"}
+    if version != importlib.metadata.version("timm"):
+        pip("install", "--no-deps", "--target", folder / "site", timm)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder / "site"), env.get("PYTHONPATH")]))
+    return Suite(root, env)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("models", [SMALL, LARGE], ids=" or ".join)
+def test_timm_model_tests_pass(models: tuple[str, ...], suite: Suite) -> None:
+    # The pretrained tests download other models' weights; the tags are the same for the large net as for g_resnext50.
+    selected = f"({' or '.join(models)}) and not pretrained and not g_resnext101.resnext_"
+    command = [sys.executable, "-m", "pytest", "tests/test_models.py", "-k", selected]
+    # Without the plugin for timeouts: timm's two minutes a test are meant for other machines.
+    command += ["-p", "no:cacheprovider", "-p", "no:timeout", "--junitxml=results.xml"]
+    result = subprocess.run(command, cwd=suite.root, env=suite.env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+
+    cases = list(ElementTree.parse(suite.root / "results.xml").iter("testcase"))
+    assert not {case.get("name"): case[0].tag for case in cases if len(case)}, "timm skips tests of our models"
+    # A name is test_model_forward[1-g_resnext50] or test_model_default_cfgs[1-g_resnext50.dgconv_in1k].
+    names = [case.get("name", "").rstrip("]").split(".")[0] for case in cases]
+    ran = {(name.split("[")[0], name.split("-")[-1]) for name in names}
+    assert {(f"test_model_{test}", model) for test in TESTS for model in models} <= ran
