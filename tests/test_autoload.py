@@ -243,22 +243,21 @@ def test_spawned_workers_of_a_data_loader(tmp_path: Path) -> None:
 
 
 def test_ranks_of_torchrun(tmp_path: Path) -> None:
+    # No process group: gloo's destructor can wait for itself in torch 2.5, and registration does not need one.
     script = tmp_path / "script.py"
     script.write_text(
         dedent(
             """
+            import os
+            import pathlib
             import timm
-            import torch.distributed as dist
 
-            dist.init_process_group("gloo")
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, (dist.get_rank(), timm.is_model("g_resnext50")))
-            dist.destroy_process_group()
-            assert found == [(0, True), (1, True)], found
+            pathlib.Path(__file__).with_name("rank" + os.environ["RANK"]).write_text(str(timm.is_model("g_resnext50")))
             """
         )
     )
     python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+    assert {path.name: path.read_text() for path in tmp_path.glob("rank*")} == {"rank0": "True", "rank1": "True"}
 
 
 # Failures, and others in the way.
