@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.common_types import _size_2_t
 
-from timm_dgconv import grouping
+from timm_dgconv import group_conv, grouping
 from timm_dgconv.grouping import connectivity
 
 # One node in a torch.fx graph: its shapes do not depend on the input.
@@ -104,6 +105,7 @@ class DGConv2d(nn.Conv2d):
             dtype=dtype,
         )
         self.sort = sort
+        self.spans: group_conv.Spans | None = None
         self.gate = nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype))
         self.reset_gate()
 
@@ -199,5 +201,27 @@ class DGConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the connected part of the weight."""
+        if torch.jit.is_scripting():
+            return self._masked_dense(input)
+        elif torch.jit.is_tracing() or not group_conv.is_supported(input, self.weight, self.gate):
+            return self._masked_dense(input)
+        else:
+            return self._grouped(input)
+
+    def _masked_dense(self, input: Tensor) -> Tensor:
+        """The form in which the open set is data: for graphs that outlive it."""
         weight = self.weight * self.connectivity()[:, :, None, None]
         return self._conv_forward(input, weight, self.bias)
+
+    def _grouped(self, input: Tensor) -> Tensor:
+        """The form in which the open set is known."""
+        padding = self.padding
+        if isinstance(padding, str):
+            spare = [0 if padding == "valid" else d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
+            input = F.pad(input, [side for n in reversed(spare) for side in (0, n % 2)])
+            padding = [n // 2 for n in spare]
+        x = input if input.ndim == 4 else input.unsqueeze(0)
+        y = group_conv.dgconv2d(
+            x, self.weight, self.bias, self.gate, self.stride, padding, self.dilation, self.sort, self.spans
+        )
+        return y if input.ndim == 4 else y.squeeze(0)

@@ -1,0 +1,498 @@
+"""DGConv through group convolutions, forwards and backwards, with the exact straight-through gradients.
+
+Let D be the set of open bits. Channels are connected exactly if their numbers differ in bits of D only, so a DGConv is a
+group convolution up to an order of its channels. It is one for every larger set of bits D' as well, with zeros for the
+pairs that D does not connect: the masked dense convolution is the one where D' is all bits.
+
+With S a subset of D and R[x] = sum of <W_ij, dL/dW'_ij> over the pairs with i XOR j = x, the gradient of gate k is the
+sum of R[{k} + S] over S with k not in S. If k is in D', these pairs lie inside the groups, and the weight gradient of the
+group convolution has them. If it is not, they join each group with the one whose number differs in bit k: one more group
+convolution's weight gradient. Nothing dense is left, and nothing is approximated.
+
+So there are two spans D' to choose, one for output and input gradient, where a wider one costs arithmetic and may fill
+the hardware better, and one for the weight gradient, where it also saves a convolution for each closed gate inside.
+
+Which bits are open must be known on the host. A CPU tensor is read, which costs microseconds. Elsewhere a gate is read
+once for each of its versions, and all that have changed since are read together: one transfer a training step.
+"""
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from timm_dgconv import grouping
+
+Spans = tuple[int, int]
+"""D' for output and input gradient, and D' for the weight gradient.
+
+Masks of the bits of a channel number, bit 0 the least significant; open bits count as set. The result does not depend on
+them, the speed does.
+"""
+
+
+def choose_spans(closed: Sequence[bool], in_channels: int, device_type: str) -> Spans:
+    """The policy: the spans that are fastest for a layer with learnable gates.
+
+    Args:
+        closed: Which bits are closed, the most significant first.
+        in_channels: Number of input channels.
+        device_type: Type of the device, as in torch.device.
+
+    Returns:
+        The two spans.
+    """
+    width = in_channels >> sum(closed)  # input channels a group
+    if device_type == "cpu":
+        return 0, _lowest(closed, 1 if width <= 4 else 2)
+    return 0, 0
+
+
+def _lowest(closed: Sequence[bool], count: int) -> int:
+    """Mask of the least significant closed bits, `count` of them if there are so many."""
+    return sum([1 << shift for shift, bit in enumerate(reversed(closed)) if bit][:count])
+
+
+def is_supported(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
+    """Whether the operator takes these: plain tensors on a device where a host transfer is what it seems."""
+    if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (input, weight, gate)):
+        return False  # subclasses (fx, DTensor, fake tensors), whose values may not be there
+    if input.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.compiler.is_compiling():
+        # torch.export must not depend on this package; CUDA graphs must not keep an open set.
+        exporting = getattr(torch.compiler, "is_exporting", lambda: True)()
+        return not exporting and (input.device.type == "cpu" or _UNSAFE_IN_CUDA_GRAPHS != ())
+    return not (input.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def dgconv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    sort: bool = False,
+    spans: Spans | None = None,
+) -> Tensor:
+    """Dynamic grouping convolution as a group convolution.
+
+    Args:
+        input: Input of shape (N, C_in, H, W).
+        weight: Dense weight of shape (C_out, C_in, kernel height, kernel width).
+        bias: Bias of shape (C_out,) or None.
+        gate: Gates of shape (K,).
+        stride: Vertical and horizontal stride.
+        padding: Vertical and horizontal zero padding.
+        dilation: Vertical and horizontal dilation.
+        sort: As in `timm_dgconv.grouping.connectivity`.
+        spans: The sets of bits D' to compute with; None leaves them to `choose_spans`.
+
+    Returns:
+        Output of shape (N, C_out, H_out, W_out).
+
+    Raises:
+        RuntimeError: If a gate is nan.
+    """
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device_type))
+    return torch.ops.timm_dgconv.dgconv2d(input, weight, bias, gate, stride, padding, dilation, sort, spans)
+
+
+# What is open, on the host.
+
+_known: Any = WeakTensorKeyDictionary()  # gate -> (version, address, closed), where reading needs a transfer
+_known_lock = threading.Lock()
+
+
+def closed_on_host(gate: Tensor) -> tuple[bool, ...]:
+    """Which gates are closed; a transfer only for gates on other devices that have changed."""
+    if gate.device.type == "cpu" or gate.is_inference():
+        return _closed(gate.tolist())
+    with _known_lock:
+        if gate not in _known or _known[gate][:2] != _state(gate):
+            _known.setdefault(gate, (None, None, ()))
+            stale = [
+                g for g, known in _known.items() if g is not None and g.device == gate.device and known[:2] != _state(g)
+            ]
+            states = [_state(g) for g in stale]
+            values = torch.cat([g.detach().float() for g in stale]).tolist()
+            for g, state in zip(stale, states, strict=True):
+                _known[g] = (*state, values[: g.numel()])
+                values = values[g.numel() :]
+        values = _known[gate][2]
+    return _closed(values)
+
+
+def _state(gate: Tensor) -> tuple[int, int]:
+    return gate._version, gate.data_ptr()
+
+
+def _closed(values: Sequence[float]) -> tuple[bool, ...]:
+    if any(math.isnan(value) for value in values):
+        raise RuntimeError(
+            f"gates of a DGConv2d are nan: {list(values)}; the training has diverged, so go back to a checkpoint before "
+            "it and use a smaller learning rate or gradient clipping"
+        )
+    return tuple(math.copysign(1, value) < 0 for value in values)
+
+
+# The order of channels: closed bits, which number the groups, before open ones; views of the pairs that D connects.
+
+
+class _Layout:
+    """Where the channels and weights of the groups are. Its methods make views or one copy and need no index tensors."""
+
+    def __init__(self, closed: Sequence[bool], spans: Spans) -> None:
+        bits = range(len(closed))
+        in_span = [[bool(span >> shift & 1) for shift in reversed(bits)] for span in spans]
+        self.bits = list(bits)
+        self.open = [k for k in bits if not closed[k]]
+        # Closed bits outside both spans, in that of the weight gradient only, in that of the output.
+        self.far = [k for k in bits if closed[k] and not in_span[0][k] and not in_span[1][k]]
+        self.mid = [k for k in bits if closed[k] and not in_span[0][k] and in_span[1][k]]
+        self.near = [k for k in bits if closed[k] and in_span[0][k]]
+        self.closed = [*self.far, *self.mid, *self.near]
+
+    def permute(self, x: Tensor, channels_last: bool, back: bool = False) -> Tensor:
+        """Bring the channels of a group together, or back to where they were, in this memory format."""
+        order = [*self.closed, *self.open]
+        if order != self.bits:
+            if back:
+                order = [order.index(k) for k in self.bits]
+            dim = 3 if channels_last else 1
+            x = x.movedim(1, 3) if channels_last else x
+            bits = x.unflatten(dim, (*(2 for _ in order), -1))
+            before, after = range(dim), range(dim + len(order), bits.ndim)
+            x = bits.permute(*before, *(dim + k for k in order), *after).reshape(x.shape)
+            x = x.movedim(3, 1) if channels_last else x
+        return _in_format(x, channels_last)
+
+    def pairs(self, weight: Tensor, flip: int | None = None) -> list[Tensor]:
+        """Views of the elements for the channel pairs that D connects, or D and the closed bit `flip`.
+
+        Args:
+            weight: Dense, (C_out, C_in, kernel height, kernel width), or blocks, (groups, C_out / groups, C_in / groups,
+                kernel height, kernel width), the channels in the order of this layout.
+            flip: Take pairs that differ in this bit.
+
+        Returns:
+            A view (*(2 for each closed bit), *(2 for each open one), q_out, *(2 for each open one), q_in, kernel height,
+            kernel width). With `flip` two, without that bit: where the input channel has 0 there, and 1.
+        """
+        if weight.ndim == 4:
+            weight, bits = weight.unsqueeze(0), self.bits
+        else:
+            bits = [*self.closed, *self.open]
+        inner = len(bits) - (weight.shape[0].bit_length() - 1)  # bits that number channels in a block, not blocks
+        outer, inside = bits[: len(bits) - inner], bits[-inner:] if inner else []
+        q_out, q_in = (channels >> inner for channels in weight.shape[1:3])
+        block_step, out_step, in_step, *kernel_strides = weight.stride()
+        out_strides = {k: out_step * q_out << shift for shift, k in enumerate(reversed(inside))}
+        in_strides = {k: in_step * q_in << shift for shift, k in enumerate(reversed(inside))}
+        strides = {k: block_step << shift for shift, k in enumerate(reversed(outer))}
+        strides |= {k: out_strides[k] + in_strides[k] for k in inside}
+
+        size = [2 for k in self.closed if k != flip]
+        stride = [strides[k] for k in self.closed if k != flip]
+        for channel_strides, q, step in ((out_strides, q_out, out_step), (in_strides, q_in, in_step)):
+            size += [*(2 for _ in self.open), q]
+            stride += [*(channel_strides[k] for k in self.open), step]
+        offsets = [0]
+        if flip in outer:  # blocks that join two groups have the number of the input's
+            offsets = [0, strides[flip]]
+        elif flip is not None:
+            offsets = [out_strides[flip], in_strides[flip]]
+        size, stride = [*size, *weight.shape[3:]], [*stride, *kernel_strides]
+        return [weight.as_strided(size, stride, weight.storage_offset() + offset) for offset in offsets]
+
+    def blocks(self, weight: Tensor, num_group_bits: int) -> Tensor:
+        """The weight of a group convolution with these groups, (groups, C_out / groups, C_in / groups, ...)."""
+        (pairs,) = self.pairs(weight)
+        groups = 1 << num_group_bits
+        shape = (groups, weight.shape[0] // groups, weight.shape[1] // groups, *weight.shape[2:])
+        if num_group_bits == len(self.closed):
+            return pairs.reshape(shape)
+        blocks = weight.new_zeros(shape)
+        self.pairs(blocks)[0].copy_(pairs)
+        return blocks
+
+
+class _Plan(NamedTuple):
+    layout: _Layout
+    gates: list[int]
+    """The gate that acts on each bit."""
+    memory_format: torch.memory_format
+    """Of output and input gradient."""
+    channels_last: bool
+    """Whether the convolutions for output and input gradient run in channels_last."""
+    weight_channels_last: bool
+    """Whether those for the weight gradient do."""
+
+
+def _plan(
+    input: Tensor, weight: Tensor, gate: Tensor, sort: bool, spans: Sequence[int] | None, learns: bool
+) -> _Plan:
+    closed = closed_on_host(gate)
+    gates = sorted(range(len(closed)), key=lambda k: not closed[k]) if sort else list(range(len(closed)))
+    closed = tuple(closed[k] for k in gates)
+    channels_last = weight_channels_last = _is_channels_last(input, weight)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if input.device.type == "cpu":
+        # oneDNN: with few channels a group channels_last is several times faster, weight gradients of more are slower.
+        weight_channels_last = weight.shape[1] >> sum(closed) <= 4
+        channels_last = channels_last or weight_channels_last
+    if spans is None:
+        spans = choose_spans(closed, weight.shape[1], input.device.type) if learns else (0, 0)
+    return _Plan(_Layout(closed, (spans[0], spans[1])), gates, memory_format, channels_last, weight_channels_last)
+
+
+def _in_format(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _is_channels_last(*tensors: Tensor) -> bool:
+    """As convolutions of torch choose the memory format of their output."""
+    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
+
+
+# The operator. Its backward pass is one, too, so that torch.compile sees neither's inside.
+
+_UNSAFE_IN_CUDA_GRAPHS: Any = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_TAGS: Any = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *_UNSAFE_IN_CUDA_GRAPHS)
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, bool sort, int[]? spans"
+
+torch.library.define(
+    "timm_dgconv::dgconv2d",
+    f"(Tensor input, Tensor weight, Tensor? bias, Tensor gate, {_GEOMETRY}) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "timm_dgconv::dgconv2d_backward",
+    f"(Tensor grad_output, Tensor input, Tensor weight, Tensor gate, {_GEOMETRY}, bool[3] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("timm_dgconv::dgconv2d", ("cpu", "cuda"))
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    sort: bool,
+    spans: list[int] | None,
+) -> Tensor:
+    layout, _, memory_format, channels_last, _ = _plan(input, weight, gate, sort, spans, learns=False)
+    group_bits = len(layout.far) + len(layout.mid)
+    x, blocks = layout.permute(input, channels_last), layout.blocks(weight, group_bits)
+    with torch.autocast(input.device.type, enabled=False):
+        y = torch.conv2d(x, blocks.flatten(0, 1).to(x.dtype), None, stride, padding, dilation, 1 << group_bits)
+    y = layout.permute(y, channels_last, back=True).contiguous(memory_format=memory_format)
+    return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
+
+
+@torch.library.impl("timm_dgconv::dgconv2d_backward", ("cpu", "cuda"))
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    sort: bool,
+    spans: list[int] | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_input, needs_weight, needs_gate = output_mask
+    layout, gates, memory_format, channels_last, weight_channels_last = _plan(
+        input, weight, gate, sort, spans, learns=needs_gate
+    )
+    grad_input, grad_weight, grad_gate = (weight.new_empty(0) for _ in range(3))
+    grad, x = layout.permute(grad_output, channels_last), layout.permute(input, channels_last)
+
+    def convolution_backward(grad: Tensor, weight: Tensor, groups: int, of_input: bool) -> Tensor:
+        weight = weight.flatten(0, 1)
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0], groups, [of_input, not of_input, False]
+        )[0 if of_input else 1]
+
+    def weight_gradient(grad: Tensor, group_bits: int) -> Tensor:
+        groups = 1 << group_bits
+        shape = (groups, weight.shape[0] // groups, weight.shape[1] // groups, *weight.shape[2:])
+        return convolution_backward(grad, grad.new_empty(()).expand(shape), groups, False).reshape(shape)
+
+    if needs_input:
+        group_bits = len(layout.far) + len(layout.mid)
+        blocks = layout.blocks(weight, group_bits).to(grad.dtype)
+        grad_input = convolution_backward(grad, blocks, 1 << group_bits, True)
+        grad_input = layout.permute(grad_input, channels_last, back=True).contiguous(memory_format=memory_format)
+    if not (needs_weight or needs_gate):
+        return grad_input, grad_weight, grad_gate
+
+    channels_last = weight_channels_last
+    grad, x = (_in_format(t, channels_last) for t in (grad, x))
+    grad_blocks = weight_gradient(grad, len(layout.far))
+    (connected,) = layout.pairs(grad_blocks)
+    if needs_weight:
+        grad_weight = _zeros_like(weight)
+        layout.pairs(grad_weight)[0].copy_(connected)
+    if needs_gate:
+        # Half precision is too coarse for the sums over channel pairs.
+        accurate = torch.promote_types(weight.dtype, torch.float32)
+        weights = layout.blocks(weight, len(layout.closed)).to(accurate, copy=True)
+        grads = _open_gradients(layout, weights * connected.reshape(weights.shape))
+        for k in (*layout.mid, *layout.near):
+            halves = zip(layout.pairs(weight, flip=k), layout.pairs(grad_blocks, flip=k), strict=True)
+            zero, one = (torch.dot(w.flatten().to(accurate), g.flatten().to(accurate)) for w, g in halves)
+            grads[k] = zero + one
+        flipped = torch.empty_like(grad) if layout.far else grad
+        for n, k in enumerate(layout.far):
+            _flip(grad, 1 << n, channels_last, out=flipped)
+            for there, here in zip(layout.pairs(weight, flip=k), layout.pairs(weights, flip=k), strict=True):
+                here.copy_(there)
+            gradients = weight_gradient(flipped, len(layout.closed))
+            grads[k] = torch.dot(weights.flatten(), gradients.flatten().to(accurate))
+        grad_gate = torch.stack([grads[gates.index(k)] for k in range(len(gates))]).to(gate.dtype)
+    return grad_input, grad_weight, grad_gate
+
+
+def _open_gradients(layout: _Layout, products: Tensor) -> dict[int, Tensor]:
+    """Gradients of the open gates, from <W_ij, dL/dW'_ij> for the connected pairs, in blocks."""
+    if not layout.open:
+        return {}
+    n = 1 << len(layout.open)
+    by_code = products.sum(0).unflatten(1, (n, -1)).unflatten(0, (n, -1)).flatten(3).sum((1, 3))
+    codes = torch.arange(n, device=products.device)
+    r = by_code.gather(1, codes.unsqueeze(1) ^ codes).sum(0)  # r[x] = sum of by_code[a, a ^ x]
+    bits = 1 << torch.arange(len(layout.open) - 1, -1, -1, device=products.device)
+    gradients = ((codes & bits.unsqueeze(1)) != 0).to(r.dtype) @ r
+    return dict(zip(layout.open, gradients, strict=True))
+
+
+def _flip(x: Tensor, runs: int, channels_last: bool, out: Tensor) -> None:
+    """Swap the halves of the channels in each of so many runs of them."""
+    dim = 3 if channels_last else 1
+    source, target = ((t.movedim(1, 3) if channels_last else t).unflatten(dim, (runs, 2, -1)) for t in (x, out))
+    for half in (0, 1):
+        target.select(dim + 1, half).copy_(source.select(dim + 1, 1 - half))
+
+
+_spare: Any = WeakTensorKeyDictionary()  # weight -> memory of a gradient that nobody holds any more
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    """Zeros for the gradient of a dense weight.
+
+    On a CPU, fresh memory for it costs more than the convolution, and the allocator gives large tensors back to the
+    system at once. So the memory of a weight's last gradient is kept for the next one when it is free.
+    """
+    if weight.device.type != "cpu":
+        return torch.zeros_like(weight)
+    memory = _spare.pop(weight, None)
+    if memory is None:
+        memory = np.empty(weight.numel() * weight.itemsize, np.uint8)
+    borrowed = memory[:]  # the tensor keeps this object alive
+    weakref.finalize(borrowed, _give_back, weakref.ref(weight), memory).atexit = False
+    zeros = torch.from_numpy(borrowed).view(weight.dtype).as_strided(weight.shape, weight.stride())
+    return zeros.zero_()
+
+
+def _give_back(weight: weakref.ref[Tensor], memory: Any) -> None:
+    owner = weight()
+    if owner is not None:
+        _spare[owner] = memory
+
+
+@torch.library.register_fake("timm_dgconv::dgconv2d")
+def _fake_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    sort: bool,
+    spans: list[int] | None,
+) -> Tensor:
+    y = torch.conv2d(input, weight.to(input.dtype), None, stride, padding, dilation)
+    channels_last = _is_channels_last(input, weight)
+    return torch.empty_like(y, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@torch.library.register_fake("timm_dgconv::dgconv2d_backward")
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    sort: bool,
+    spans: list[int] | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels_last = _is_channels_last(input, weight)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    needs_input, needs_weight, needs_gate = output_mask
+    return (
+        torch.empty_like(input, memory_format=memory_format) if needs_input else weight.new_empty(0),
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        torch.empty_like(gate) if needs_gate else weight.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, gate, *ctx.rest = inputs
+    ctx.save_for_backward(input, weight, bias, gate)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, bias, gate = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, needs_gate, *others = ctx.needs_input_grad
+    if torch.is_grad_enabled():  # create_graph: the masked dense form can be differentiated again
+        return (*_differentiable_gradients(ctx, grad_output), *[None] * len(others))
+    grads = torch.ops.timm_dgconv.dgconv2d_backward(
+        grad_output, input, weight, gate, *ctx.rest, [needs_input, needs_weight, needs_gate]
+    )
+    return (
+        grads[0] if needs_input else None,
+        grads[1] if needs_weight else None,
+        grad_output.sum((0, 2, 3)).to(bias.dtype) if needs_bias else None,
+        grads[2] if needs_gate else None,
+        *[None] * len(others),
+    )
+
+
+def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+    tensors = ctx.saved_tensors
+    *geometry, sort, _ = ctx.rest
+    needs = ctx.needs_input_grad[:4]
+    # New nodes with the same histories, so that gradients with respect to them go no further.
+    tensors = [t if t is None or not needed else t.view_as(t) for t, needed in zip(tensors, needs, strict=True)]
+    input, weight, bias, gate = tensors
+    u = grouping.connectivity(gate, weight.shape[0], weight.shape[1], sort).to(weight.dtype)
+    cast = [None if t is None else t.to(input.dtype) for t in (weight * u[:, :, None, None], bias)]
+    output = torch.conv2d(input, *cast, *geometry)
+    wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    return [next(grads) if needed else None for needed in needs]
+
+
+torch.library.register_autograd("timm_dgconv::dgconv2d", _gradients, setup_context=_setup_context)
