@@ -201,12 +201,11 @@ class DGConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the connected part of the weight."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._masked_dense(input)
-        elif torch.jit.is_tracing() or not group_conv.is_supported(input, self.weight, self.gate):
-            return self._masked_dense(input)
-        else:
-            return self._grouped(input)
+        else:  # torch.jit.script does not look at this branch
+            known = group_conv.is_supported(input, self.weight, self.gate)
+            return self._grouped(input) if known else self._masked_dense(input)
 
     def _masked_dense(self, input: Tensor) -> Tensor:
         """The form in which the open set is data: for graphs that outlive it."""
@@ -215,12 +214,14 @@ class DGConv2d(nn.Conv2d):
 
     def _grouped(self, input: Tensor) -> Tensor:
         """The form in which the open set is known."""
-        padding = self.padding
-        if isinstance(padding, str):
-            spare = [0 if padding == "valid" else d * (k - 1) for d, k in zip(self.dilation, self.kernel_size)]
-            input = F.pad(input, [side for n in reversed(spare) for side in (0, n % 2)])
-            padding = [n // 2 for n in spare]
         x = input if input.ndim == 4 else input.unsqueeze(0)
+        if isinstance(self.padding, str):
+            reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            height, width = (0, 0) if self.padding == "valid" else reach
+            x = F.pad(x, (0, width % 2, 0, height % 2))  # where the two sides differ
+            padding = (height // 2, width // 2)
+        else:
+            padding = self.padding  # type: ignore[assignment]
         y = group_conv.dgconv2d(
             x, self.weight, self.bias, self.gate, self.stride, padding, self.dilation, self.sort, self.spans
         )

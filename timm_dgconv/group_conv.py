@@ -1,13 +1,13 @@
 """DGConv through group convolutions, forwards and backwards, with the exact straight-through gradients.
 
-Let D be the set of open bits. Channels are connected exactly if their numbers differ in bits of D only, so a DGConv is a
-group convolution up to an order of its channels. It is one for every larger set of bits D' as well, with zeros for the
-pairs that D does not connect: the masked dense convolution is the one where D' is all bits.
+Let D be the set of open bits. Channels are connected exactly if their numbers differ in bits of D only, so a DGConv is
+a group convolution up to an order of its channels. It is one for every larger set of bits D' as well, with zeros for
+the pairs that D does not connect: the masked dense convolution is the one where D' is all bits.
 
 With S a subset of D and R[x] = sum of <W_ij, dL/dW'_ij> over the pairs with i XOR j = x, the gradient of gate k is the
-sum of R[{k} + S] over S with k not in S. If k is in D', these pairs lie inside the groups, and the weight gradient of the
-group convolution has them. If it is not, they join each group with the one whose number differs in bit k: one more group
-convolution's weight gradient. Nothing dense is left, and nothing is approximated.
+sum of R[{k} + S] over S with k not in S. If k is in D', these pairs lie inside the groups, and the weight gradient of
+the group convolution has them. If it is not, they join each group with the one whose number differs in bit k: one more
+group convolution's weight gradient. Nothing dense is left, and nothing is approximated.
 
 So there are two spans D' to choose, one for output and input gradient, where a wider one costs arithmetic and may fill
 the hardware better, and one for the weight gradient, where it also saves a convolution for each closed gate inside.
@@ -16,6 +16,7 @@ Which bits are open must be known on the host. A CPU tensor is read, which costs
 once for each of its versions, and all that have changed since are read together: one transfer a training step.
 """
 
+import functools
 import math
 import threading
 import weakref
@@ -32,8 +33,8 @@ from timm_dgconv import grouping
 Spans = tuple[int, int]
 """D' for output and input gradient, and D' for the weight gradient.
 
-Masks of the bits of a channel number, bit 0 the least significant; open bits count as set. The result does not depend on
-them, the speed does.
+Masks of the bits of a channel number, bit 0 the least significant; open bits count as set. The result does not depend
+on them, the speed does.
 """
 
 
@@ -46,12 +47,14 @@ def choose_spans(closed: Sequence[bool], in_channels: int, device_type: str) -> 
         device_type: Type of the device, as in torch.device.
 
     Returns:
-        The two spans.
+        The two spans. On a CPU (benchmarks/results) the output needs no more than the open bits; one or two bits more
+        make the weight gradient little dearer and save as many convolutions, further ones cost what they save.
     """
     width = in_channels >> sum(closed)  # input channels a group
     if device_type == "cpu":
         return 0, _lowest(closed, 1 if width <= 4 else 2)
-    return 0, 0
+    # Not measured: tensor cores want wide groups, and weight gradients of narrow ones are slow in cuDNN.
+    return 0, _lowest(closed, (63 // width).bit_length())
 
 
 def _lowest(closed: Sequence[bool], count: int) -> int:
@@ -64,6 +67,8 @@ def is_supported(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
     if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (input, weight, gate)):
         return False  # subclasses (fx, DTensor, fake tensors), whose values may not be there
     if input.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if torch.compiler.is_compiling():
         # torch.export must not depend on this package; CUDA graphs must not keep an open set.
@@ -112,11 +117,12 @@ def dgconv2d(
 
 _known: Any = WeakTensorKeyDictionary()  # gate -> (version, address, closed), where reading needs a transfer
 _known_lock = threading.Lock()
+_READ_DIRECTLY = {"cpu"}
 
 
 def closed_on_host(gate: Tensor) -> tuple[bool, ...]:
     """Which gates are closed; a transfer only for gates on other devices that have changed."""
-    if gate.device.type == "cpu" or gate.is_inference():
+    if gate.device.type in _READ_DIRECTLY or gate.is_inference():
         return _closed(gate.tolist())
     with _known_lock:
         if gate not in _known or _known[gate][:2] != _state(gate):
@@ -140,8 +146,8 @@ def _state(gate: Tensor) -> tuple[int, int]:
 def _closed(values: Sequence[float]) -> tuple[bool, ...]:
     if any(math.isnan(value) for value in values):
         raise RuntimeError(
-            f"gates of a DGConv2d are nan: {list(values)}; the training has diverged, so go back to a checkpoint before "
-            "it and use a smaller learning rate or gradient clipping"
+            f"gates of a DGConv2d are nan: {list(values)}; the training has diverged, so go back to a checkpoint "
+            "before it and use a smaller learning rate or gradient clipping"
         )
     return tuple(math.copysign(1, value) < 0 for value in values)
 
@@ -150,7 +156,7 @@ def _closed(values: Sequence[float]) -> tuple[bool, ...]:
 
 
 class _Layout:
-    """Where the channels and weights of the groups are. Its methods make views or one copy and need no index tensors."""
+    """Where the channels and weights of the groups are; its methods make views or one copy, with no index tensors."""
 
     def __init__(self, closed: Sequence[bool], spans: Spans) -> None:
         bits = range(len(closed))
@@ -162,10 +168,11 @@ class _Layout:
         self.mid = [k for k in bits if closed[k] and not in_span[0][k] and in_span[1][k]]
         self.near = [k for k in bits if closed[k] and in_span[0][k]]
         self.closed = [*self.far, *self.mid, *self.near]
+        self.order = [*self.closed, *self.open]
 
     def permute(self, x: Tensor, channels_last: bool, back: bool = False) -> Tensor:
         """Bring the channels of a group together, or back to where they were, in this memory format."""
-        order = [*self.closed, *self.open]
+        order = self.order
         if order != self.bits:
             if back:
                 order = [order.index(k) for k in self.bits]
@@ -177,43 +184,72 @@ class _Layout:
             x = x.movedim(3, 1) if channels_last else x
         return _in_format(x, channels_last)
 
-    def pairs(self, weight: Tensor, flip: int | None = None) -> list[Tensor]:
-        """Views of the elements for the channel pairs that D connects, or D and the closed bit `flip`.
+    def pairs(self, weight: Tensor, groups: Sequence[int] | None = None, flip: int | None = None) -> list[Tensor]:
+        """Views of the elements for the channel pairs inside groups, or between those that differ in one bit.
 
         Args:
-            weight: Dense, (C_out, C_in, kernel height, kernel width), or blocks, (groups, C_out / groups, C_in / groups,
-                kernel height, kernel width), the channels in the order of this layout.
-            flip: Take pairs that differ in this bit.
+            weight: Dense, (C_out, C_in, kernel height, kernel width), or blocks, (groups, C_out / groups,
+                C_in / groups, kernel height, kernel width), the channels in the order of this layout.
+            groups: The bits that number the groups; the closed ones by default: the pairs that the gates connect.
+            flip: One of these bits, for the pairs that differ in it.
 
         Returns:
-            A view (*(2 for each closed bit), *(2 for each open one), q_out, *(2 for each open one), q_in, kernel height,
-            kernel width). With `flip` two, without that bit: where the input channel has 0 there, and 1.
+            A view (*(2 for each of `groups`), *(2 for each other bit), q_out, *(2 for each other bit), q_in, kernel
+            height, kernel width). With `flip` two, without that bit: where the input channel has 0 there, and 1.
         """
-        if weight.ndim == 4:
-            weight, bits = weight.unsqueeze(0), self.bits
-        else:
-            bits = [*self.closed, *self.open]
-        inner = len(bits) - (weight.shape[0].bit_length() - 1)  # bits that number channels in a block, not blocks
-        outer, inside = bits[: len(bits) - inner], bits[-inner:] if inner else []
-        q_out, q_in = (channels >> inner for channels in weight.shape[1:3])
-        block_step, out_step, in_step, *kernel_strides = weight.stride()
-        out_strides = {k: out_step * q_out << shift for shift, k in enumerate(reversed(inside))}
-        in_strides = {k: in_step * q_in << shift for shift, k in enumerate(reversed(inside))}
-        strides = {k: block_step << shift for shift, k in enumerate(reversed(outer))}
-        strides |= {k: out_strides[k] + in_strides[k] for k in inside}
-
-        size = [2 for k in self.closed if k != flip]
-        stride = [strides[k] for k in self.closed if k != flip]
-        for channel_strides, q, step in ((out_strides, q_out, out_step), (in_strides, q_in, in_step)):
-            size += [*(2 for _ in self.open), q]
-            stride += [*(channel_strides[k] for k in self.open), step]
-        offsets = [0]
-        if flip in outer:  # blocks that join two groups have the number of the input's
-            offsets = [0, strides[flip]]
-        elif flip is not None:
-            offsets = [out_strides[flip], in_strides[flip]]
-        size, stride = [*size, *weight.shape[3:]], [*stride, *kernel_strides]
+        dense = weight.ndim == 4
+        shape, steps = ((1, *weight.shape), (0, *weight.stride())) if dense else (tuple(weight.shape), weight.stride())
+        numbers = tuple(self.closed if groups is None else groups)
+        size, stride, offsets = self._pairs(shape, steps, dense, numbers, flip)
         return [weight.as_strided(size, stride, weight.storage_offset() + offset) for offset in offsets]
+
+    @functools.lru_cache(maxsize=8192)  # noqa: B019 (layouts are cached, too)
+    def _pairs(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], dense: bool, groups: tuple[int, ...], flip: int | None
+    ) -> tuple[list[int], list[int], list[int]]:
+        bits = self.bits if dense else self.order
+        num_blocks = shape[0].bit_length() - 1
+        outer, inside = bits[:num_blocks], bits[num_blocks:]
+        q_out, q_in = (channels >> len(inside) for channels in shape[1:3])
+        block_step, out_step, in_step, *kernel_steps = strides
+        out_steps = {k: out_step * q_out << shift for shift, k in enumerate(reversed(inside))}
+        in_steps = {k: in_step * q_in << shift for shift, k in enumerate(reversed(inside))}
+        steps = {k: block_step << shift for shift, k in enumerate(reversed(outer))}
+        steps |= {k: out_steps[k] + in_steps[k] for k in inside}
+
+        others = [k for k in self.order if k not in groups]
+        size = [2 for k in groups if k != flip]
+        stride = [steps[k] for k in groups if k != flip]
+        for channel_steps, q, step in ((out_steps, q_out, out_step), (in_steps, q_in, in_step)):
+            size += [*(2 for _ in others), q]
+            stride += [*(channel_steps[k] for k in others), step]
+        if flip is None:
+            offsets = [0]
+        elif flip in outer:  # blocks that join two groups have the number of the input's
+            offsets = [0, steps[flip]]
+        else:
+            offsets = [out_steps[flip], in_steps[flip]]
+        return [*size, *shape[3:]], [*stride, *kernel_steps], offsets
+
+    def inside_gradients(self, products: Tensor) -> dict[int, Tensor]:
+        """Gradients of the gates inside the span of the weight gradient.
+
+        Args:
+            products: <W_ij, dL/dW'_ij> for the pairs in its groups, (groups, C_out / groups, C_in / groups, kernel
+                height, kernel width).
+        """
+        inside = [*self.mid, *self.near, *self.open]
+        if not inside:
+            return {}
+        n = 1 << len(inside)
+        by_code = products.sum(0).unflatten(1, (n, -1)).unflatten(0, (n, -1)).flatten(3).sum((1, 3))
+        codes = torch.arange(n, device=products.device)
+        r = by_code.gather(1, codes.unsqueeze(1) ^ codes).sum(0)  # r[x] = sum of by_code[a, a ^ x]
+        # A gate's gradient is the sum of r[x] over the x with its bit and no other closed one.
+        bits = 1 << torch.arange(len(inside) - 1, -1, -1, device=products.device).unsqueeze(1)
+        closed = n - (1 << len(self.open))
+        counts = (codes & bits != 0) & (codes & ~bits & closed == 0)
+        return dict(zip(inside, counts.to(r.dtype) @ r, strict=True))
 
     def blocks(self, weight: Tensor, num_group_bits: int) -> Tensor:
         """The weight of a group convolution with these groups, (groups, C_out / groups, C_in / groups, ...)."""
@@ -225,6 +261,9 @@ class _Layout:
         blocks = weight.new_zeros(shape)
         self.pairs(blocks)[0].copy_(pairs)
         return blocks
+
+
+_layout = functools.lru_cache(maxsize=1024)(_Layout)
 
 
 class _Plan(NamedTuple):
@@ -239,9 +278,7 @@ class _Plan(NamedTuple):
     """Whether those for the weight gradient do."""
 
 
-def _plan(
-    input: Tensor, weight: Tensor, gate: Tensor, sort: bool, spans: Sequence[int] | None, learns: bool
-) -> _Plan:
+def _plan(input: Tensor, weight: Tensor, gate: Tensor, sort: bool, spans: Sequence[int] | None, learns: bool) -> _Plan:
     closed = closed_on_host(gate)
     gates = sorted(range(len(closed)), key=lambda k: not closed[k]) if sort else list(range(len(closed)))
     closed = tuple(closed[k] for k in gates)
@@ -253,7 +290,7 @@ def _plan(
         channels_last = channels_last or weight_channels_last
     if spans is None:
         spans = choose_spans(closed, weight.shape[1], input.device.type) if learns else (0, 0)
-    return _Plan(_Layout(closed, (spans[0], spans[1])), gates, memory_format, channels_last, weight_channels_last)
+    return _Plan(_layout(closed, (spans[0], spans[1])), gates, memory_format, channels_last, weight_channels_last)
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:
@@ -333,7 +370,7 @@ def _backward(
 
     def weight_gradient(grad: Tensor, group_bits: int) -> Tensor:
         groups = 1 << group_bits
-        shape = (groups, weight.shape[0] // groups, weight.shape[1] // groups, *weight.shape[2:])
+        shape = (groups, grad.shape[1] // groups, weight.shape[1] // groups, *weight.shape[2:])
         return convolution_backward(grad, grad.new_empty(()).expand(shape), groups, False).reshape(shape)
 
     if needs_input:
@@ -354,42 +391,41 @@ def _backward(
     if needs_gate:
         # Half precision is too coarse for the sums over channel pairs.
         accurate = torch.promote_types(weight.dtype, torch.float32)
-        weights = layout.blocks(weight, len(layout.closed)).to(accurate, copy=True)
-        grads = _open_gradients(layout, weights * connected.reshape(weights.shape))
-        for k in (*layout.mid, *layout.near):
-            halves = zip(layout.pairs(weight, flip=k), layout.pairs(grad_blocks, flip=k), strict=True)
-            zero, one = (torch.dot(w.flatten().to(accurate), g.flatten().to(accurate)) for w, g in halves)
-            grads[k] = zero + one
-        flipped = torch.empty_like(grad) if layout.far else grad
-        for n, k in enumerate(layout.far):
-            _flip(grad, 1 << n, channels_last, out=flipped)
-            for there, here in zip(layout.pairs(weight, flip=k), layout.pairs(weights, flip=k), strict=True):
-                here.copy_(there)
-            gradients = weight_gradient(flipped, len(layout.closed))
-            grads[k] = torch.dot(weights.flatten(), gradients.flatten().to(accurate))
+        (inside,) = layout.pairs(weight, groups=layout.far)
+        grads = layout.inside_gradients(inside.reshape(grad_blocks.shape).to(accurate) * grad_blocks)
+        groups = 1 << len(layout.closed)
+        block = (weight.shape[0] // groups, weight.shape[1] // groups, *weight.shape[2:])
+        at_once = 1 if channels_last or not grad.is_cpu else max(1, _JOINED_BYTES // grad.nbytes)
+        for start in range(0, len(layout.far), at_once):
+            gates_now = layout.far[start : start + at_once]
+            joined_grad = _flips(grad, len(layout.closed), range(start, start + len(gates_now)), channels_last)
+            joined = weight.new_empty(groups, len(gates_now), *block, dtype=accurate)
+            for n, k in enumerate(gates_now):
+                for there, here in zip(layout.pairs(weight, flip=k), layout.pairs(joined[:, n], flip=k), strict=True):
+                    here.copy_(there)
+            gradients = weight_gradient(joined_grad, len(layout.closed)).view_as(joined)
+            grads |= zip(gates_now, (joined * gradients).sum((0, 2, 3, 4, 5)), strict=True)
         grad_gate = torch.stack([grads[gates.index(k)] for k in range(len(gates))]).to(gate.dtype)
     return grad_input, grad_weight, grad_gate
 
 
-def _open_gradients(layout: _Layout, products: Tensor) -> dict[int, Tensor]:
-    """Gradients of the open gates, from <W_ij, dL/dW'_ij> for the connected pairs, in blocks."""
-    if not layout.open:
-        return {}
-    n = 1 << len(layout.open)
-    by_code = products.sum(0).unflatten(1, (n, -1)).unflatten(0, (n, -1)).flatten(3).sum((1, 3))
-    codes = torch.arange(n, device=products.device)
-    r = by_code.gather(1, codes.unsqueeze(1) ^ codes).sum(0)  # r[x] = sum of by_code[a, a ^ x]
-    bits = 1 << torch.arange(len(layout.open) - 1, -1, -1, device=products.device)
-    gradients = ((codes & bits.unsqueeze(1)) != 0).to(r.dtype) @ r
-    return dict(zip(layout.open, gradients, strict=True))
+def _flips(x: Tensor, group_bits: int, bits: Sequence[int], channels_last: bool) -> Tensor:
+    """For each group, the channels of the groups whose numbers differ in one of these bits (0 is the first)."""
+    batch, channels, height, width = x.shape
+    width_of_group = channels >> group_bits
+    if channels_last:
+        flips = x.new_empty(batch, height, width, 1 << group_bits, len(bits), width_of_group).permute(0, 3, 4, 5, 1, 2)
+    else:
+        flips = x.new_empty(batch, 1 << group_bits, len(bits), width_of_group, height, width)
+    for n, bit in enumerate(bits):
+        runs = (1 << bit, 2, 1 << group_bits - bit - 1)
+        source, target = x.unflatten(1, (*runs, width_of_group)), flips[:, :, n].unflatten(1, runs)
+        for half in (0, 1):
+            target[:, :, half].copy_(source[:, :, 1 - half])
+    return flips.flatten(1, 3)
 
 
-def _flip(x: Tensor, runs: int, channels_last: bool, out: Tensor) -> None:
-    """Swap the halves of the channels in each of so many runs of them."""
-    dim = 3 if channels_last else 1
-    source, target = ((t.movedim(1, 3) if channels_last else t).unflatten(dim, (runs, 2, -1)) for t in (x, out))
-    for half in (0, 1):
-        target.select(dim + 1, half).copy_(source.select(dim + 1, 1 - half))
+_JOINED_BYTES = 1 << 25
 
 
 _spare: Any = WeakTensorKeyDictionary()  # weight -> memory of a gradient that nobody holds any more
@@ -488,8 +524,8 @@ def _differentiable_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | No
     tensors = [t if t is None or not needed else t.view_as(t) for t, needed in zip(tensors, needs, strict=True)]
     input, weight, bias, gate = tensors
     u = grouping.connectivity(gate, weight.shape[0], weight.shape[1], sort).to(weight.dtype)
-    cast = [None if t is None else t.to(input.dtype) for t in (weight * u[:, :, None, None], bias)]
-    output = torch.conv2d(input, *cast, *geometry)
+    masked = (weight * u[:, :, None, None]).to(input.dtype)
+    output = torch.conv2d(input, masked, None if bias is None else bias.to(input.dtype), *geometry)
     wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
     return [next(grads) if needed else None for needed in needs]
