@@ -7,10 +7,12 @@ Papers:
 Original release: https://github.com/d-li14/dgconv.pytorch (MIT)
 """
 
+import copy
 import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,7 @@ from torch import nn
 
 from timm_dgconv.dgconv import DGConv2d
 from timm_dgconv.digest import check_download
+from timm_dgconv.fold import fold_norm, fold_norms, neighbours, to_group_convolution
 
 __all__ = ["GResNeXt", "GroupableBottleneck"]
 
@@ -82,6 +85,26 @@ class GroupableBottleneck(Bottleneck):
             dtype=dtype,
         )
 
+    def fuse(self) -> "GroupableBottleneck":
+        """The same block for inference, as `timm.utils.reparameterize_model` asks for it.
+
+        Convolutions, activations and what cannot be folded: the DGConv2d becomes a plain group convolution
+        (`timm_dgconv.compact`), batch norms go into the convolutions before them. They are taken to be in evaluation
+        mode. Norms of another kind, and batch norms without running statistics, stay.
+
+        Returns:
+            A new block.
+        """
+        block: Any = copy.deepcopy(self)
+        if isinstance(block.conv2, DGConv2d):
+            # With a norm in groups of its own, a permutation that it cannot take leaves the layer as it is.
+            with suppress(ValueError):
+                to_group_convolution(block)
+        fold_norms(block, (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
+        if block.downsample is not None:
+            fold_norms(block.downsample, neighbours(block.downsample))
+        return block
+
 
 def _fixed_blocks(groups: Sequence[int], num_blocks: int) -> Callable[..., GroupableBottleneck]:
     """What timm's ResNet takes as a block class; the n-th block that it builds has groups[n] groups."""
@@ -131,6 +154,16 @@ class GResNeXt(ResNet):
             )
         block = GroupableBottleneck if groups is None else _fixed_blocks(groups, sum(layers))
         super().__init__(block, layers, cardinality=cardinality, base_width=base_width, **kwargs)
+        self._let_stem_fuse()
+
+    def _let_stem_fuse(self) -> None:
+        """Give the norms of the stem a `fuse`: reparameterize_model looks for one in every module but the model."""
+        deep = isinstance(self.conv1, nn.Sequential)
+        pairs = [(self.conv1[-1] if deep else self.conv1, self.bn1)]
+        for sequence in (self.conv1, self.maxpool):
+            pairs += [(getattr(sequence, a), getattr(sequence, b)) for a, b in neighbours(sequence)]
+        for conv, norm in pairs:
+            norm.fuse = partial(fold_norm, conv, norm)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
