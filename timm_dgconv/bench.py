@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def build(name: str, form: str, groups: int, scattered: bool = False) -> nn.Modu
             conv.gate.requires_grad_(False)
     elif form == "masked dense":
         for block in [m for m in model.modules() if isinstance(getattr(m, "conv2", None), DGConv2d)]:
-            block.conv2 = _MaskedDense(block.conv2)  # type: ignore[assignment, arg-type]
+            block.conv2 = _MaskedDense(block.conv2)
     elif form == "deployed":
         model = reparameterize_model(model.eval())
     return model
@@ -135,12 +136,12 @@ def layers(
 ) -> list[Row]:
     """Forward and backward of one 3x3 layer: width x groups x memory format x span of the weight gradient.
 
-    The image side is that of a ResNet on 160 pixels at this width. The ratio is to torch.nn.Conv2d with these groups.
+    The image side is that of a ResNeXt on 160 pixels at this width, at most 40. The ratio is to torch.nn.Conv2d with these groups.
     """
     rows = []
     torch_dtype = DTYPES[dtype]
     for width in widths:
-        side = max(1, 5120 // width)
+        side = max(1, min(40, 5120 // width))
         for name in formats:
             like: Any = dict(device=device, dtype=torch_dtype)
             x = torch.randn(batch_size, width, side, side, **like).to(memory_format=FORMATS[name]).requires_grad_()
@@ -151,28 +152,28 @@ def layers(
                 conv = DGConv2d(width, width, 3, padding=1, bias=False, **like)
                 set_groups(conv, groups)
 
-                def step(
-                    layer: nn.Module, spans: group_conv.Spans | None = None, x: Tensor = x, g: Tensor = grad
-                ) -> None:
-                    if isinstance(layer, DGConv2d):
-                        layer.spans = spans
-                    torch.autograd.backward(layer(x), g, inputs=[x, *layer.parameters()])
-                    layer.zero_grad()
-                    x.grad = None
-
-                calls: dict[str, Callable[[], Any]] = {"fixed": lambda f=step, c=fixed: f(c)}  # type: ignore[misc]
-                calls["policy"] = lambda f=step, c=conv: f(c)  # type: ignore[misc]
+                calls: dict[str, Callable[[], Any]] = {
+                    "fixed": partial(_step, fixed, x, grad),
+                    "policy": partial(_step, conv, x, grad),
+                }
                 for wider in range(closed + 1):
                     # The lowest closed bits, so that the order of channels stays.
-                    spans = (0, ((1 << wider) - 1) << (width.bit_length() - 1 - closed))
-                    calls[f"{wider}"] = lambda f=step, c=conv, s=spans: f(c, s)  # type: ignore[misc]
-                dense = (width - 1, width - 1)
-                calls["masked dense"] = lambda f=step, c=conv, s=dense: f(c, s)  # type: ignore[misc]
+                    span = ((1 << wider) - 1) << (width.bit_length() - 1 - closed)
+                    calls[str(wider)] = partial(_step, conv, x, grad, (0, span))
+                calls["masked dense"] = partial(_step, conv, x, grad, (width - 1, width - 1))
                 times = interleave(calls, rounds, device, f"{width} channels, {groups} groups, {name}")
                 for way, seconds in times.items():
                     row = dict(width=width, side=side, groups=groups, format=name, way=way)
                     rows.append({**row, **summary(seconds, times["fixed"])})
     return rows
+
+
+def _step(layer: nn.Module, x: Tensor, grad: Tensor, spans: group_conv.Spans | None = None) -> None:
+    if isinstance(layer, DGConv2d):
+        layer.spans = spans
+    torch.autograd.backward(layer(x), grad, inputs=[x, *layer.parameters()])
+    layer.zero_grad()
+    x.grad = None
 
 
 def networks(
@@ -222,29 +223,16 @@ def networks(
             torch.manual_seed(0)
             form = label.partition(", ")[2]
             net = build(label.partition(", ")[0], form, groups, scattered)
-            net = net.to(device, memory_format=FORMATS[name]).train(what != "infer")
+            net = net.to(device).to(memory_format=FORMATS[name])
+            net.train(what != "infer")
             run: Any = torch.compile(net) if compiled else net
             if what == "infer":
-
-                def infer(run: Any = run) -> Tensor:
-                    with torch.inference_mode(), autocast():
-                        return run(x)
-
-                calls[label] = infer
+                calls[label] = partial(_infer, run, x, autocast)
                 if form:
-                    outputs[label] = infer().float()
-                continue
-            optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if what == "sgd" else None
-
-            def train(run: Any = run, net: nn.Module = net, optimizer: Any = optimizer) -> None:
-                with autocast():
-                    loss = run(x).float().square().mean()
-                loss.backward()
-                if optimizer is not None:
-                    optimizer.step()
-                net.zero_grad()
-
-            calls[label] = train
+                    outputs[label] = calls[label]().float()
+            else:
+                optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if what == "sgd" else None
+                calls[label] = partial(_train, run, x, autocast, optimizer)
         times = interleave(calls, rounds, device, f"{model}, {what}, {name}")
         for label, seconds in times.items():
             row = dict(model=label, what=what, format=name, dtype=dtype, compiled=compiled, batch=batch_size)
@@ -256,6 +244,20 @@ def networks(
         calls.clear()
     _best_formats(rows, baseline)
     return rows
+
+
+def _infer(net: nn.Module, x: Tensor, autocast: Any) -> Tensor:
+    with torch.inference_mode(), autocast():
+        return net(x)
+
+
+def _train(net: nn.Module, x: Tensor, autocast: Any, optimizer: torch.optim.Optimizer | None) -> None:
+    with autocast():
+        loss = net(x).float().square().mean()
+    loss.backward()
+    if optimizer is not None:
+        optimizer.step()
+    net.zero_grad()
 
 
 def _best_formats(rows: list[Row], baseline: str) -> None:
@@ -325,7 +327,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         len(formats), len(widths), figsize=(3.2 * len(widths), 2.9 * len(formats) + 0.8), squeeze=False
     )
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "fixed": dict(color="black", linestyle="--", label="nn.Conv2d with these groups"),
         "masked dense": dict(color="black", linestyle=":", label="masked dense"),
         "policy": dict(color="black", linewidth=0, marker="o", markersize=5, label="what the policy takes"),

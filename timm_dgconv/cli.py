@@ -61,6 +61,43 @@ def _publish(args: argparse.Namespace) -> None:
         )
 
 
+def _bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from timm_dgconv import bench
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    formats = [args.format] if args.format else list(bench.FORMATS)
+    if args.what == "layers":
+        rows = bench.layers(device, args.dtype, formats, args.widths, args.batch_size, args.rounds)
+    elif args.what == "memory":
+        rows = bench.memories(args.model, device, args.batch_size, args.img_size, args.groups)
+    else:
+        rows = bench.networks(
+            args.model,
+            device=device,
+            dtype=args.dtype,
+            formats=formats,
+            what=args.what,
+            batch_size=args.batch_size,
+            image_size=args.img_size,
+            groups=args.groups,
+            scattered=args.scattered,
+            compiled=args.compile,
+            rounds=args.rounds,
+            others=args.others,
+            forms=args.forms,
+        )
+    print(bench.table(rows))
+    print(", ".join(f"{key} {value}" for key, value in bench.versions(device).items()))
+    if args.json:
+        bench.save(rows, args.json, args.command_line, device)
+    if args.plot:
+        if args.what != "layers":
+            raise ValueError("--plot draws the sweep: timm-dgconv bench layers --plot FILE")
+        bench.plot(rows, args.plot, f"{bench.versions(device)['device']}, {args.dtype}, batch {args.batch_size}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="timm-dgconv",
@@ -139,6 +176,39 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--revision", metavar="R", help="branch; created if it is not there (default: main)")
     publish.add_argument("--dry-run", action="store_true", help="print what would be uploaded, and send nothing")
     publish.set_defaults(run=_publish)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time and memory of layers and networks against timm's",
+        description="Measures in one run, alternating, and prints times and ratios to timm's ResNeXt with the same "
+        "widths (layers: to torch.nn.Conv2d with the same groups): median and quartiles of the ratios of a round, and "
+        "the ratio of the better memory formats of each.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument(
+        "what",
+        choices=["train", "sgd", "infer", "memory", "layers"],
+        help="forward and backward; with an optimizer step; inference; peak memory of training; a sweep of layers over "
+        "the bits D' that the weight gradient spans",
+    )
+    bench.add_argument("--model", default="g_resnext50", choices=["g_resnext50", "g_resnext101", "test_g_resnext"])
+    bench.add_argument("--others", nargs="*", default=[], metavar="NAME", help="further timm models to measure")
+    bench.add_argument(
+        "--forms", nargs="*", metavar="FORM", help="of ours: learnable, frozen, 'masked dense', deployed"
+    )
+    bench.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: a GPU if there is one)")
+    bench.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of autocast")
+    bench.add_argument("--format", choices=["nchw", "nhwc"], help="memory format (default: both)")
+    bench.add_argument("--batch-size", type=int, default=4, metavar="N", help="images a step")
+    bench.add_argument("--img-size", type=int, default=160, metavar="N", help="side of the images in pixels")
+    bench.add_argument("--groups", type=int, default=32, metavar="N", help="groups of every layer")
+    bench.add_argument("--scattered", action="store_true", help="groups whose channels are not contiguous")
+    bench.add_argument("--compile", action="store_true", help="with torch.compile")
+    bench.add_argument("--widths", type=int, nargs="*", default=[128, 256, 512, 1024], metavar="C", help="of layers")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the sweep (extra 'plot')")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -152,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 for a user's error, of which one line stands on stderr.
     """
     args = _parser().parse_args(argv)
+    args.command_line = " ".join(["timm-dgconv", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.run(args)
     except (OSError, RuntimeError, ValueError) as error:

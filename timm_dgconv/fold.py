@@ -92,7 +92,8 @@ def fold_norm(conv: nn.Module, norm: Any) -> Any:
         return norm
     # In float64: half precision would lose what the norm has in float32.
     names = ("running_mean", "running_var", "weight", "bias")
-    mean, var, weight, bias = (value if (value := getattr(norm, name)) is None else value.double() for name in names)
+    values: Any = (value if (value := getattr(norm, name)) is None else value.double() for name in names)
+    mean, var, weight, bias = values
     conv_bias = None if conv.bias is None else conv.bias.double()
     fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)
     conv.weight.copy_(fused_weight)
