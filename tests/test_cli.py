@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from timm_dgconv.cli import main
 
@@ -75,3 +76,37 @@ def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main(args)
     assert stop.value.code == 0
     assert "digits" in capsys.readouterr().out
+
+
+BENCH = ["--model", "test_g_resnext", "--device", "cpu", "--batch-size", "2", "--img-size", "32", "--rounds", "2"]
+
+
+@pytest.mark.parametrize("what", ["train", "sgd", "infer"])
+def test_bench_of_networks(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+    assert main(["bench", what, *BENCH, "--format", "nhwc", "--scattered", "--groups", "4", "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["command"].startswith(f"timm-dgconv bench {what} --model test_g_resnext")
+    assert written["torch"] == torch.__version__
+    baseline, *rows = written["rows"]
+    assert baseline["model"] == "test_resnet"
+    assert baseline["ratio"] == 1
+    forms = {row["model"]: row for row in rows}
+    assert {name.partition(", ")[2] for name in forms} == {"learnable", "frozen", "masked dense"} | (
+        {"deployed"} if what == "infer" else set()
+    )
+    assert all(row["ms"] > 0 and row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in rows)
+    if what == "infer":
+        assert all(row["largest_difference"] < 1e-5 for row in rows)
+    assert "| test_g_resnext, learnable |" in capsys.readouterr().out
+
+
+def test_bench_of_layers_with_a_plot(tmp_path: Path) -> None:
+    path = tmp_path / "layers.png"
+    assert main(["bench", "layers", "--device", "cpu", "--widths", "4", "8", *BENCH[4:], "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "infer", *BENCH, "--groups", "3"]) == 2
+    assert "groups=3 must be a power of two" in capsys.readouterr().err

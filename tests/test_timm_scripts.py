@@ -117,6 +117,7 @@ def test_train_resumes(trained: Run, images: Path, tmp_path: Path) -> None:
     [
         (".", "Test (EMA)", ["--use-ema"]),  # all checkpoints in the folder
         ("last.pth.tar", "Test", []),
+        ("last.pth.tar", "Test", ["--reparam"]),
         ("model_best.pth.tar", "Test (EMA)", ["--use-ema", "--channels-last"]),
     ],
 )

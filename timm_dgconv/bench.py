@@ -136,7 +136,8 @@ def layers(
 ) -> list[Row]:
     """Forward and backward of one 3x3 layer: width x groups x memory format x span of the weight gradient.
 
-    The image side is that of a ResNeXt on 160 pixels at this width, at most 40. The ratio is to torch.nn.Conv2d with these groups.
+    The image side is that of a ResNeXt on 160 pixels at this width, at most 40. The ratio is to torch.nn.Conv2d with
+    these groups.
     """
     rows = []
     torch_dtype = DTYPES[dtype]
