@@ -321,7 +321,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     except ImportError:
         raise RuntimeError("plots need matplotlib: pip install 'timm-dgconv[plot]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     widths, formats = (sorted({row[key] for row in rows}) for key in ("width", "format"))
     figure, axes = pyplot.subplots(
@@ -348,6 +348,10 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
                 axis.plot(*zip(*points, strict=True), **styles[way]) if points else None
             axis.set(xscale="log", yscale="log", title=f"{width} channels, {name}")
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
             if i == len(formats) - 1:
                 axis.set_xlabel("groups")
             if j == 0:

@@ -47,12 +47,13 @@ def choose_spans(closed: Sequence[bool], in_channels: int, device_type: str) -> 
         device_type: Type of the device, as in torch.device.
 
     Returns:
-        The two spans. On a CPU (benchmarks/results) the output needs no more than the open bits; one or two bits more
-        make the weight gradient little dearer and save as many convolutions, further ones cost what they save.
+        The two spans. On a CPU (benchmarks/results/speed.md) the output needs no more than the open bits. The weight
+        gradient is fastest with one closed bit inside, and in narrow groups with as many as make 16 channels: so wide
+        it costs little more, and each saves a convolution.
     """
     width = in_channels >> sum(closed)  # input channels a group
     if device_type == "cpu":
-        return 0, _lowest(closed, 1 if width <= 4 else 2)
+        return 0, _lowest(closed, max(1, (15 // width).bit_length()))
     # Not measured: tensor cores want wide groups, and weight gradients of narrow ones are slow in cuDNN.
     return 0, _lowest(closed, (63 // width).bit_length())
 
