@@ -138,6 +138,25 @@ def test_gradients_can_be_differentiated() -> None:
     assert_close(penalty(conv), penalty(lambda x: masked_dense(conv, x)), **EXACT)
 
 
+def test_function_transforms() -> None:
+    conv = conv_with([True, False, True, False], 16, 16, 3, bias=False, dtype=torch.float64)
+    x = torch.randn(3, 16, 5, 5, dtype=torch.float64)
+    parameters = {name: value.detach() for name, value in conv.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, parameters, (x,)).square().sum()
+
+    expected = torch.autograd.grad(masked_dense(conv, x).square().sum(), list(conv.parameters()))
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+    for name, grad in zip(dict(conv.named_parameters()), expected, strict=True):
+        assert_close(torch.func.grad(loss)(parameters, x)[name], grad, **EXACT)
+        assert_close(each[name].sum(0), grad, **EXACT)
+    assert_close(torch.func.jvp(conv, (x,), (x,))[1], conv(x), **EXACT)  # it is linear in x
+    with torch.autograd.forward_ad.dual_level():
+        dual = conv(torch.autograd.forward_ad.make_dual(x, x))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, conv(x), **EXACT)
+
+
 def test_a_gradient_that_somebody_holds_is_not_written_to() -> None:
     conv = conv_with([True, False, True, False], 16, 16, 3)
     x = torch.randn(2, 16, 5, 5)

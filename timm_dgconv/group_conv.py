@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from timm_dgconv import grouping
@@ -75,6 +76,8 @@ def is_supported(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
         # torch.export must not depend on this package; CUDA graphs must not keep an open set.
         exporting = getattr(torch.compiler, "is_exporting", lambda: True)()
         return not exporting and (input.device.type == "cpu" or _UNSAFE_IN_CUDA_GRAPHS != ())
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False  # torch.func and forward-mode gradients need a form that torch differentiates itself
     return not (input.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
