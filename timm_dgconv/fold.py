@@ -5,15 +5,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from timm_dgconv import grouping
 from timm_dgconv.dgconv import DGConv2d
-
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_BATCH_NORMS_WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 
 
 @torch.no_grad()
@@ -87,8 +83,12 @@ def fold_norm(conv: nn.Module, norm: Any) -> Any:
         What is left of the norm: an identity, or its activation. Another kind of norm, one without running statistics
         and one behind something other than a plain convolution come back as they are, and so does the convolution.
     """
-    kinds = (*_BATCH_NORMS, *_BATCH_NORMS_WITH_ACTIVATION)
-    if type(conv) is not nn.Conv2d or type(norm) not in kinds or norm.running_mean is None:
+    # Here, since the import of timm registers our models, which import this module.
+    from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+
+    with_activation = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+    is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, *with_activation)
+    if type(conv) is not nn.Conv2d or not is_batch_norm or norm.running_mean is None:
         return norm
     # In float64: half precision would lose what the norm has in float32.
     names = ("running_mean", "running_var", "weight", "bias")
@@ -98,7 +98,7 @@ def fold_norm(conv: nn.Module, norm: Any) -> Any:
     fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)
     conv.weight.copy_(fused_weight)
     conv.bias = nn.Parameter(fused_bias.to(conv.weight.dtype), conv.weight.requires_grad)
-    if type(norm) in _BATCH_NORMS_WITH_ACTIVATION:
+    if type(norm) in with_activation:
         return nn.Sequential(norm.drop, norm.act)
     return nn.Identity()
 
