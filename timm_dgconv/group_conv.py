@@ -255,16 +255,33 @@ class _Layout:
         counts = (codes & bits != 0) & (codes & ~bits & closed == 0)
         return dict(zip(inside, counts.to(r.dtype) @ r, strict=True))
 
-    def blocks(self, weight: Tensor, num_group_bits: int) -> Tensor:
-        """The weight of a group convolution with these groups, (groups, C_out / groups, C_in / groups, ...)."""
-        (pairs,) = self.pairs(weight)
-        groups = 1 << num_group_bits
-        shape = (groups, weight.shape[0] // groups, weight.shape[1] // groups, *weight.shape[2:])
-        if num_group_bits == len(self.closed):
-            return pairs.reshape(shape)
-        blocks = weight.new_zeros(shape)
-        self.pairs(blocks)[0].copy_(pairs)
+    def blocks(self, weight: Tensor, group_bits: int, channels_last: bool, connected: bool = True) -> Tensor:
+        """The weight of a group convolution whose groups the first closed bits number; zeros where D does not connect.
+
+        Args:
+            weight: Dense, (C_out, C_in, kernel height, kernel width).
+            group_bits: How many bits.
+            channels_last: Memory format of the convolution.
+            connected: Without it, all pairs in the groups.
+
+        Returns:
+            (groups, C_out / groups, C_in / groups, kernel height, kernel width).
+        """
+        blocks = _empty_blocks(weight, (1 << group_bits,), channels_last)
+        groups = None if connected else self.closed[:group_bits]
+        if connected and group_bits < len(self.closed):
+            blocks.zero_()
+        self.pairs(blocks, groups)[0].copy_(self.pairs(weight, groups)[0])
         return blocks
+
+
+def _empty_blocks(weight: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """Room for weights of a group convolution, (groups, ..., C_out / groups, C_in / groups, ...)."""
+    out_channels, in_channels, height, width = weight.shape
+    shape, in_channels = (*shape, out_channels // shape[0]), in_channels // shape[0]
+    if channels_last:
+        return weight.new_empty(*shape, height, width, in_channels).movedim(-1, -3)
+    return weight.new_empty(*shape, in_channels, height, width)
 
 
 _layout = functools.lru_cache(maxsize=1024)(_Layout)
@@ -274,27 +291,17 @@ class _Plan(NamedTuple):
     layout: _Layout
     gates: list[int]
     """The gate that acts on each bit."""
-    memory_format: torch.memory_format
-    """Of output and input gradient."""
     channels_last: bool
-    """Whether the convolutions for output and input gradient run in channels_last."""
-    weight_channels_last: bool
-    """Whether those for the weight gradient do."""
+    """The memory format of output and input gradient."""
 
 
 def _plan(input: Tensor, weight: Tensor, gate: Tensor, sort: bool, spans: Sequence[int] | None, learns: bool) -> _Plan:
     closed = closed_on_host(gate)
     gates = sorted(range(len(closed)), key=lambda k: not closed[k]) if sort else list(range(len(closed)))
     closed = tuple(closed[k] for k in gates)
-    channels_last = weight_channels_last = _is_channels_last(input, weight)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    if input.device.type == "cpu":
-        # oneDNN: with few channels a group channels_last is several times faster, weight gradients of more are slower.
-        weight_channels_last = weight.shape[1] >> sum(closed) <= 4
-        channels_last = channels_last or weight_channels_last
     if spans is None:
         spans = choose_spans(closed, weight.shape[1], input.device.type) if learns else (0, 0)
-    return _Plan(_layout(closed, (spans[0], spans[1])), gates, memory_format, channels_last, weight_channels_last)
+    return _Plan(_layout(closed, (spans[0], spans[1])), gates, _is_channels_last(input, weight))
 
 
 def _in_format(x: Tensor, channels_last: bool) -> Tensor:
@@ -337,12 +344,12 @@ def _forward(
     sort: bool,
     spans: list[int] | None,
 ) -> Tensor:
-    layout, _, memory_format, channels_last, _ = _plan(input, weight, gate, sort, spans, learns=False)
+    layout, _, channels_last = _plan(input, weight, gate, sort, spans, learns=False)
     group_bits = len(layout.far) + len(layout.mid)
-    x, blocks = layout.permute(input, channels_last), layout.blocks(weight, group_bits)
+    x, blocks = layout.permute(input, channels_last), layout.blocks(weight, group_bits, channels_last)
     with torch.autocast(input.device.type, enabled=False):
         y = torch.conv2d(x, blocks.flatten(0, 1).to(x.dtype), None, stride, padding, dilation, 1 << group_bits)
-    y = layout.permute(y, channels_last, back=True).contiguous(memory_format=memory_format)
+    y = layout.permute(y, channels_last, back=True)
     return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
 
 
@@ -360,34 +367,34 @@ def _backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_input, needs_weight, needs_gate = output_mask
-    layout, gates, memory_format, channels_last, weight_channels_last = _plan(
-        input, weight, gate, sort, spans, learns=needs_gate
-    )
+    layout, gates, output_channels_last = _plan(input, weight, gate, sort, spans, learns=needs_gate)
+    # oneDNN's weight gradient of very narrow groups is several times faster in channels_last.
+    narrow = input.is_cpu and weight.shape[1] >> len(layout.closed) <= 4
+    channels_last = output_channels_last or narrow
     grad_input, grad_weight, grad_gate = (weight.new_empty(0) for _ in range(3))
     grad, x = layout.permute(grad_output, channels_last), layout.permute(input, channels_last)
 
-    def convolution_backward(grad: Tensor, weight: Tensor, groups: int, of_input: bool) -> Tensor:
-        weight = weight.flatten(0, 1)
+    def convolution_backward(grad: Tensor, blocks: Tensor, of_input: bool) -> Tensor:
+        weight = blocks.flatten(0, -4)
         return torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0], groups, [of_input, not of_input, False]
+            grad, x, weight, None, stride, padding, dilation, False, [0], len(blocks), [of_input, not of_input, False]
         )[0 if of_input else 1]
 
-    def weight_gradient(grad: Tensor, group_bits: int) -> Tensor:
-        groups = 1 << group_bits
-        shape = (groups, grad.shape[1] // groups, weight.shape[1] // groups, *weight.shape[2:])
-        return convolution_backward(grad, grad.new_empty(()).expand(shape), groups, False).reshape(shape)
+    def weight_gradient(grad: Tensor, blocks: Tensor) -> Tensor:
+        """In the shape of these blocks. Their values do not count, but in another dtype or format they are copied."""
+        if blocks.dtype != grad.dtype:
+            blocks = grad.new_empty(()).expand(blocks.shape)
+        return convolution_backward(grad, blocks, of_input=False).unflatten(0, blocks.shape[:-3])
 
     if needs_input:
-        group_bits = len(layout.far) + len(layout.mid)
-        blocks = layout.blocks(weight, group_bits).to(grad.dtype)
-        grad_input = convolution_backward(grad, blocks, 1 << group_bits, True)
-        grad_input = layout.permute(grad_input, channels_last, back=True).contiguous(memory_format=memory_format)
+        blocks = layout.blocks(weight, len(layout.far) + len(layout.mid), channels_last).to(grad.dtype)
+        grad_input = convolution_backward(grad, blocks, of_input=True)
+        grad_input = _in_format(layout.permute(grad_input, channels_last, back=True), output_channels_last)
     if not (needs_weight or needs_gate):
         return grad_input, grad_weight, grad_gate
 
-    channels_last = weight_channels_last
-    grad, x = (_in_format(t, channels_last) for t in (grad, x))
-    grad_blocks = weight_gradient(grad, len(layout.far))
+    inside = layout.blocks(weight, len(layout.far), channels_last, connected=False)
+    grad_blocks = weight_gradient(grad, inside)
     (connected,) = layout.pairs(grad_blocks)
     if needs_weight:
         grad_weight = _zeros_like(weight)
@@ -395,20 +402,18 @@ def _backward(
     if needs_gate:
         # Half precision is too coarse for the sums over channel pairs.
         accurate = torch.promote_types(weight.dtype, torch.float32)
-        (inside,) = layout.pairs(weight, groups=layout.far)
-        grads = layout.inside_gradients(inside.reshape(grad_blocks.shape).to(accurate) * grad_blocks)
+        grads = layout.inside_gradients(inside.to(accurate) * grad_blocks)
         groups = 1 << len(layout.closed)
-        block = (weight.shape[0] // groups, weight.shape[1] // groups, *weight.shape[2:])
-        at_once = 1 if channels_last or not grad.is_cpu else max(1, _JOINED_BYTES // grad.nbytes)
+        at_once = max(1, _JOINED_BYTES // max(1, grad.nbytes)) if grad.is_cpu else 1
         for start in range(0, len(layout.far), at_once):
             gates_now = layout.far[start : start + at_once]
             joined_grad = _flips(grad, len(layout.closed), range(start, start + len(gates_now)), channels_last)
-            joined = weight.new_empty(groups, len(gates_now), *block, dtype=accurate)
+            joined = _empty_blocks(weight, (groups, len(gates_now)), channels_last)
             for n, k in enumerate(gates_now):
                 for there, here in zip(layout.pairs(weight, flip=k), layout.pairs(joined[:, n], flip=k), strict=True):
                     here.copy_(there)
-            gradients = weight_gradient(joined_grad, len(layout.closed)).view_as(joined)
-            grads |= zip(gates_now, (joined * gradients).sum((0, 2, 3, 4, 5)), strict=True)
+            products = joined.to(accurate) * weight_gradient(joined_grad, joined)
+            grads |= zip(gates_now, products.sum((0, 2, 3, 4, 5)), strict=True)
         grad_gate = torch.stack([grads[gates.index(k)] for k in range(len(gates))]).to(gate.dtype)
     return grad_input, grad_weight, grad_gate
 
