@@ -175,6 +175,52 @@ def test_g_resnext50(images: Path, tmp_path: Path) -> None:
     assert loss == pytest.approx(run.epochs[0].loss, abs=PRINTED)
 
 
+@pytest.mark.parametrize("accumulated", ["1", "4"])
+def test_complexity_weight(accumulated: str, images: Path, tmp_path: Path) -> None:
+    """One optimizer step with and without the weight: the gates differ by lr * weight * gradient of the complexity."""
+    import timm
+
+    from timm_dgconv import complexity
+
+    lr, weight = 0.05, 1e-3
+    torch.manual_seed(0)
+    model = timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False)
+    names = [name for name, _ in model.named_parameters() if name.endswith("gate")]
+    gates = [model.get_parameter(name) for name in names]
+    with torch.no_grad():
+        for gate in gates:
+            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -0.5, 0.5))
+    torch.save(model.state_dict(), tmp_path / "initial.pth")
+    expected = torch.autograd.grad(complexity(model), gates)
+    batches = ["--batch-size", str(64 // int(accumulated)), "--grad-accum-steps", accumulated, "--epochs", "1"]
+    sgd = ["--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--clip-grad", "1"]
+    rates = ["--lr", str(lr), "--warmup-epochs", "0", "--initial-checkpoint", tmp_path / "initial.pth"]
+    stepped = []
+    for value in (weight, 0):
+        kwargs = ["--model-kwargs", "zero_init_last=False", f"complexity_weight={value}"]
+        run = train(images, tmp_path / f"{value}", *TINY, *CPU, *batches, *sgd, *rates, *kwargs)
+        stepped.append(torch.load(run.folder / "last.pth.tar", weights_only=False)["state_dict"])
+    for name, term in zip(names, expected, strict=True):
+        torch.testing.assert_close(stepped[0][name] - stepped[1][name], -lr * weight * term, rtol=2e-2, atol=1e-7)
+
+
+def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoints of a run, in order."""
+    from timm_dgconv.cli import main
+
+    kwargs = ["--model-kwargs", "zero_init_last=False", "complexity_weight=1e-3"]
+    run = train(images, tmp_path / "run", *TINY, *CPU, *TRAIN, "--epochs", "3", *kwargs)
+    checkpoints = [str(run.folder / f"checkpoint-{epoch}.pth.tar") for epoch in range(3)]
+    plot = tmp_path / "groups.png"
+    assert main(["inspect", *checkpoints, "--model", "test_g_resnext", "--json", "--plot", str(plot)]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["epoch"] for report in reports] == [0, 1, 2]
+    weights = torch.load(checkpoints[2], weights_only=False)["state_dict"]
+    closed = [int(gate.lt(0).sum()) for name, gate in weights.items() if name.endswith("gate")]
+    assert [layer["groups"] for layer in reports[2]["layers"]] == [2**number for number in closed]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_original_checkpoint(original: tuple[Path, torch.Tensor, torch.Tensor], images: Path, tmp_path: Path) -> None:
     """The original release's file as it is, in the three ways that the scripts have for a file."""
     file, *_ = original

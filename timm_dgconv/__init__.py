@@ -15,10 +15,19 @@ if TYPE_CHECKING:
     from timm_dgconv.deploy import compact as compact
     from timm_dgconv.dgconv import DGConv2d as DGConv2d
     from timm_dgconv.regularizer import complexity as complexity
+    from timm_dgconv.regularizer import freeze_groups as freeze_groups
+    from timm_dgconv.report import group_report as group_report
 
 __version__ = "0.1.0"
 
-_HOME = {"DGConv2d": "dgconv", "block_groups": "deploy", "compact": "deploy", "complexity": "regularizer"}
+_HOME = {
+    "DGConv2d": "dgconv",
+    "block_groups": "deploy",
+    "compact": "deploy",
+    "complexity": "regularizer",
+    "freeze_groups": "regularizer",
+    "group_report": "report",
+}
 
 __all__ = sorted(_HOME)
 

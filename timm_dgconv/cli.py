@@ -1,6 +1,7 @@
 """The command timm-dgconv."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ def _demo(args: argparse.Namespace) -> None:
         device=args.device,
         seed=args.seed,
         overwrite=args.overwrite,
+        complexity_weight=args.complexity_weight,
+        complexity_target=args.complexity_target,
     )
     print(f"\nwritten to {output}, reloaded with timm.create_model(..., checkpoint_path='{output}/model.safetensors')")
     print(f"held-out accuracy {summary['top1']:.2f} % (reloaded: {summary['top1_reloaded']:.2f} %)")
@@ -59,6 +62,19 @@ def _publish(args: argparse.Namespace) -> None:
             f'timm_dgconv/g_resnext.py, in place of the one that begins alike:\n  "{model_name}": '
             f'_cfg(hf_hub_id="{hub_id}"),'
         )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from timm_dgconv import hub, plots
+
+    if args.plot:
+        plots.check(args.plot)
+    elif args.layers:
+        raise ValueError("--layers chooses what a plot shows: add --plot FILE")
+    history = hub.inspect(args.sources, args.model, use_ema=args.ema, image_size=args.img_size, layers=args.layers)
+    print(json.dumps(history.as_dicts(), indent=1) if args.json else history.table())
+    if args.plot:
+        plots.draw(history, args.plot, args.layers)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -127,6 +143,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for model.safetensors, config.json and summary.json (default: NAME_demo)",
     )
+    demo.add_argument(
+        "--complexity-weight",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="factor of the complexity in every step, such as 1e-6: sparser groups",
+    )
+    demo.add_argument(
+        "--complexity-target",
+        type=float,
+        metavar="T",
+        help="share of a dense network's connections down to which the weight acts (default: always)",
+    )
     demo.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     demo.set_defaults(run=_demo)
 
@@ -176,6 +205,44 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--revision", metavar="R", help="branch; created if it is not there (default: main)")
     publish.add_argument("--dry-run", action="store_true", help="print what would be uploaded, and send nothing")
     publish.set_defaults(run=_publish)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="which groups a checkpoint has learned, or a run over its checkpoints",
+        description="Prints the groups of each layer and what they cost, beside dense layers and beside the ResNeXt "
+        "with the same widths; of several checkpoints of a run, how the groups moved and which share of a dense "
+        "network's connections is left. Nothing in a checkpoint is executed.",
+    )
+    inspect.add_argument(
+        "sources",
+        nargs="+",
+        metavar="CKPT",
+        help="what convert takes, or a folder that it wrote; several of one run in the order in which they were made",
+    )
+    inspect.add_argument("--model", required=True, metavar="NAME", help="architecture, such as g_resnext50")
+    inspect.add_argument("--json", action="store_true", help="print JSON, a list with an object a checkpoint")
+    inspect.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw it as .png, .svg or .pdf (extra 'plot'): groups over depth and the connectivity of some layers; of "
+        "several checkpoints the groups over them",
+    )
+    inspect.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="layers whose connectivity is drawn, such as layer3.0.conv2 (default: the first of each stage); of "
+        "several checkpoints the layers that are drawn (default: all)",
+    )
+    inspect.add_argument(
+        "--img-size", type=int, metavar="N", help="side in pixels of the image for which multiply-adds are counted"
+    )
+    inspect.add_argument(
+        "--no-ema", dest="ema", action="store_false", help="take the plain weights where the file has averaged ones too"
+    )
+    inspect.set_defaults(run=_inspect)
 
     bench = commands.add_parser(
         "bench",

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from timm_dgconv import __version__
 from timm_dgconv.dgconv import DGConv2d
-from timm_dgconv.regularizer import complexity
+from timm_dgconv.report import group_report
 
 
 class _Digits(torch.utils.data.Dataset[tuple[Any, int]]):
@@ -43,7 +43,18 @@ class _Digits(torch.utils.data.Dataset[tuple[Any, int]]):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def _load_digits(seed: int) -> tuple[_Digits, _Digits]:
+def load_digits(config: dict[str, Any], seed: int, device: torch.device, batch_size: int = 32) -> tuple[Any, Any]:
+    """Loaders, as timm makes them, of 1347 digits to train with and 450 held out.
+
+    Args:
+        config: What timm.data.resolve_model_data_config says of the model.
+        seed: Seed of the split.
+        device: Where the images go.
+        batch_size: Images a batch.
+
+    Raises:
+        RuntimeError: If scikit-learn is missing.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -51,10 +62,24 @@ def _load_digits(seed: int) -> tuple[_Digits, _Digits]:
         raise RuntimeError("the demo needs scikit-learn for its images: pip install 'timm-dgconv[demo]'") from error
     digits = load_digits()
     split = train_test_split(digits.images, digits.target, test_size=450, stratify=digits.target, random_state=seed)
-    return _Digits(split[0], split[2]), _Digits(split[1], split[3])
+    common = dict(
+        input_size=config["input_size"],
+        batch_size=batch_size,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=0,
+        persistent_workers=False,
+        use_prefetcher=False,
+        device=device,
+    )
+    return (
+        create_loader(_Digits(split[0], split[2]), is_training=True, no_aug=True, **common),
+        create_loader(_Digits(split[1], split[3]), is_training=False, crop_pct=config["crop_pct"], **common),
+    )
 
 
-def _evaluate(model: nn.Module, loader: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> float:
+def evaluate(model: nn.Module, loader: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> float:
     """Top-1 accuracy in percent."""
     meter = AverageMeter()
     model.eval()
@@ -63,6 +88,46 @@ def _evaluate(model: nn.Module, loader: Iterable[tuple[torch.Tensor, torch.Tenso
             images, labels = images.to(device), labels.to(device)
             meter.update(accuracy(model(images), labels)[0].item(), labels.numel())
     return meter.avg
+
+
+def train(
+    model: nn.Module, train_loader: Any, test_loader: Any, epochs: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Train with AdamW and a cosine schedule.
+
+    Yields:
+        After each epoch its number from 1, mean loss and held-out accuracy (top1, percent).
+
+    Raises:
+        RuntimeError: If the loss is no longer finite.
+    """
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=epochs,
+        warmup_epochs=min(1, epochs - 1),
+        warmup_lr=5e-5,
+        step_on_epochs=False,
+        updates_per_epoch=len(train_loader),
+    )
+    loss_fn = nn.CrossEntropyLoss()
+    for epoch in range(epochs):
+        model.train()
+        meter = AverageMeter()
+        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, mininterval=1.0)
+        for step, (images, labels) in enumerate(bar):
+            images = images.to(device, memory_format=torch.channels_last)
+            labels = labels.to(device)
+            loss = loss_fn(model(images), labels)
+            if not math.isfinite(loss.item()):
+                raise RuntimeError(f"the loss became {loss.item()} in epoch {epoch + 1}; try another --seed")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step_update(epoch * len(train_loader) + step + 1)
+            meter.update(loss.item(), labels.numel())
+            bar.set_postfix(loss=f"{meter.avg:.3f}", refresh=False)
+        yield {"epoch": epoch + 1, "loss": meter.avg, "top1": evaluate(model, test_loader, device)}
 
 
 def _groups(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -79,6 +144,8 @@ def run(
     device: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    complexity_weight: float = 0.0,
+    complexity_target: float | None = None,
 ) -> dict[str, Any]:
     """Train on the digits, report accuracy and learned groups, write the model, reload it and check it.
 
@@ -90,6 +157,8 @@ def run(
         device: Torch device; CUDA where there is one, else the CPU, if None.
         seed: Seed of the split, the initial weights and the order of the images.
         overwrite: Replace the output folder if it exists.
+        complexity_weight: See `timm_dgconv.g_resnext.GResNeXt`.
+        complexity_target: See there.
 
     Returns:
         What is written to `summary.json`.
@@ -110,66 +179,34 @@ def run(
         torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    train_data, test_data = _load_digits(seed)
     random_seed(seed)
+    # Models of others take no such argument.
+    steering = dict(complexity_weight=complexity_weight or None, complexity_target=complexity_target)
     model = timm.create_model(
         model_name,
         num_classes=10,
         pretrained_cfg_overlay={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
+        **steering,
     ).to(torch_device, memory_format=torch.channels_last)
     groups_before = _groups(model)
     if not groups_before:
         raise ValueError(f"{model_name} has no DGConv2d; take one of {', '.join(timm.list_models('*g_resnext*'))}")
-    config = resolve_model_data_config(model)
-    common = dict(
-        input_size=config["input_size"],
-        batch_size=32,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        num_workers=0,
-        persistent_workers=False,
-        use_prefetcher=False,
-        device=torch_device,
-    )
-    train_loader = create_loader(train_data, is_training=True, no_aug=True, **common)
-    test_loader = create_loader(test_data, is_training=False, crop_pct=config["crop_pct"], **common)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=epochs,
-        warmup_epochs=min(1, epochs - 1),
-        warmup_lr=5e-5,
-        step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
-    )
-    loss_fn = nn.CrossEntropyLoss()
+    train_loader, test_loader = load_digits(resolve_model_data_config(model), seed, torch_device)
 
     print(
         f"Training {model_name} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters) on "
-        f"{len(train_data)} digits of {image_size}x{image_size}, {epochs} epochs, {torch_device}."
+        f"{len(train_loader.dataset)} digits of {image_size}x{image_size}, {epochs} epochs, {torch_device}."
     )
     start = time.monotonic()
     history = []
-    for epoch in range(epochs):
-        model.train()
-        meter = AverageMeter()
-        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, mininterval=1.0)
-        for step, (images, labels) in enumerate(bar):
-            images = images.to(torch_device, memory_format=torch.channels_last)
-            labels = labels.to(torch_device)
-            loss = loss_fn(model(images), labels)
-            if not math.isfinite(loss.item()):
-                raise RuntimeError(f"the loss became {loss.item()} in epoch {epoch + 1}; try another --seed")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step_update(epoch * len(train_loader) + step + 1)
-            meter.update(loss.item(), labels.numel())
-            bar.set_postfix(loss=f"{meter.avg:.3f}", refresh=False)
-        top1 = _evaluate(model, test_loader, torch_device)
-        history.append({"epoch": epoch + 1, "loss": meter.avg, "top1": top1, "complexity": complexity(model).item()})
-        print(f"epoch {epoch + 1:2d}  loss {meter.avg:.3f}  held-out accuracy {top1:.2f} %")
+    for entry in train(model, train_loader, test_loader, epochs, torch_device):
+        report = group_report(model)
+        history.append({**entry, "complexity": report.complexity, "share": report.share})
+        print(
+            f"epoch {entry['epoch']:2d}  loss {entry['loss']:.3f}  held-out accuracy {entry['top1']:.2f} %  "
+            f"connections {100 * report.share:.2f} % of dense"
+        )
+    top1 = history[-1]["top1"]
 
     groups = _groups(model)
     print(f"\n{'layer':<16}{'channels':>9}{'groups at start':>17}{'learned':>9}")
@@ -186,7 +223,7 @@ def run(
         reloaded = timm.create_model(
             model_name, num_classes=10, checkpoint_path=str(Path(partial, "model.safetensors"))
         ).to(torch_device)
-        top1_reloaded = _evaluate(reloaded, test_loader, torch_device)
+        top1_reloaded = evaluate(reloaded, test_loader, torch_device)
         if top1_reloaded != top1 or _groups(reloaded) != groups:
             raise RuntimeError(f"the reloaded model has {top1_reloaded:.2f} % where the trained one had {top1:.2f} %")
         summary = {
@@ -200,6 +237,8 @@ def run(
             "image_size": image_size,
             "device": str(torch_device),
             "seed": seed,
+            "complexity_weight": complexity_weight,
+            "complexity_target": complexity_target,
             "versions": {
                 "timm-dgconv": __version__,
                 "timm": timm.__version__,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.common_types import _size_2_t
 
-from timm_dgconv import group_conv, grouping
+from timm_dgconv import group_conv, grouping, steering
 from timm_dgconv.grouping import connectivity
 
 # One node in a torch.fx graph: its shapes do not depend on the input.
@@ -106,6 +106,7 @@ class DGConv2d(nn.Conv2d):
         )
         self.sort = sort
         self.spans: group_conv.Spans | None = None
+        self.complexity_term: steering.ComplexityTerm | None = None
         self.gate = nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype))
         self.reset_gate()
 
@@ -119,6 +120,12 @@ class DGConv2d(nn.Conv2d):
         """Open or close every gate with probability 1/2, at +-1e-8: the first gradient decides (original release)."""
         with torch.no_grad():
             self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of copies and unpickled layers, which are steered as the original is."""
+        super().__setstate__(state)
+        if self.complexity_term is not None:
+            steering.follow(self)
 
     @property
     def num_groups(self) -> int:

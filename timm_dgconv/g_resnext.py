@@ -29,6 +29,7 @@ from timm.models import (
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
+from timm_dgconv import regularizer
 from timm_dgconv.dgconv import DGConv2d
 from timm_dgconv.digest import check_download
 from timm_dgconv.fold import fold_norm, fold_norms, neighbours, to_group_convolution
@@ -67,6 +68,7 @@ class GroupableBottleneck(Bottleneck):
             **kwargs: Further arguments of timm's Bottleneck; `cardinality` counts for the width only.
         """
         super().__init__(inplanes, planes, stride, downsample, device=device, dtype=dtype, **kwargs)
+        self.cardinality: int = kwargs.get("cardinality", 1)
         fixed: Any = self.get_submodule("conv2")
         if groups is not None and (groups < 1 or fixed.in_channels % groups or fixed.out_channels % groups):
             raise ValueError(
@@ -129,6 +131,9 @@ class GResNeXt(ResNet):
         cardinality: int = 32,
         base_width: int = 4,
         groups: Sequence[int] | None = None,
+        complexity_weight: float = 0.0,
+        complexity_target: float | None = None,
+        freeze_groups: bool = False,
         **kwargs: Any,
     ) -> None:
         """Build the network.
@@ -139,22 +144,50 @@ class GResNeXt(ResNet):
             base_width: Width of such a group in the first stage.
             groups: One number of groups for each block builds plain group convolutions with those instead of learning
                 them: the compact form, see `timm_dgconv.compact`.
+            complexity_weight: Every step of an optimizer adds this times the gradient of `timm_dgconv.complexity` to
+                that of the gates.
+            complexity_target: Share of a dense network's connections, above 0 and at most 1; with it, the weight acts
+                only while the network has more.
+            freeze_groups: Gates that do not learn, see `timm_dgconv.freeze_groups`.
             **kwargs: Further arguments of timm's ResNet.
 
         Raises:
-            TypeError: For an argument that timm's ResNet does not take.
-            ValueError: For `groups` of the wrong length, or that do not divide the channels.
+            TypeError: For an argument that timm's ResNet does not take, or a weight or target that is no number.
+            ValueError: For `groups` of the wrong length, or that do not divide the channels; for a weight or target
+                out of its range, or with gates that do not learn.
         """
         known = [name for name in inspect.signature(ResNet).parameters if name != "block"]
         unknown = {name: value for name, value in kwargs.items() if name not in known}
         if unknown:
             raise TypeError(
                 f"G-ResNeXt takes no {', '.join(f'{name}={value!r}' for name, value in unknown.items())}; it takes "
-                f"groups, {', '.join(known)}, and the arguments of a block in block_args"
+                f"groups, complexity_weight, complexity_target, freeze_groups, {', '.join(known)}, and the arguments "
+                "of a block in block_args"
+            )
+        if complexity_target is not None and not complexity_weight:
+            raise ValueError(
+                f"complexity_target={complexity_target} needs a complexity_weight that takes the network there; "
+                "try 1e-7"
+            )
+        if complexity_weight and (freeze_groups or groups is not None):
+            fixed = "freeze_groups=True" if groups is None else "groups=..."
+            raise ValueError(
+                f"complexity_weight={complexity_weight} has no gates to act on with {fixed}; leave one out"
             )
         block = GroupableBottleneck if groups is None else _fixed_blocks(groups, sum(layers))
         super().__init__(block, layers, cardinality=cardinality, base_width=base_width, **kwargs)
         self._let_stem_fuse()
+        if complexity_weight:
+            regularizer.steer(self, complexity_weight, complexity_target)
+        if freeze_groups and groups is None:
+            regularizer.freeze_groups(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep how a model is trained out of what timm >= 1.0.31 stores with its weights."""
+        if name == "_model_args":
+            training = ("complexity_weight", "complexity_target", "freeze_groups")
+            value = {key: argument for key, argument in value.items() if key not in training}
+        super().__setattr__(name, value)
 
     def _let_stem_fuse(self) -> None:
         """Give the norms of the stem a `fuse`: reparameterize_model looks for one in every module but the model."""

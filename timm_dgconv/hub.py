@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ from timm.models import get_arch_pretrained_cfgs, load_state_dict
 from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import Tensor, nn
 
-from timm_dgconv import __version__, card, deploy
+from timm_dgconv import __version__, card, deploy, report
 from timm_dgconv.card import BASELINE
+from timm_dgconv.dgconv import DGConv2d
 from timm_dgconv.digest import BAR, sha256
 
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
@@ -215,6 +217,54 @@ def publish(
     return Published(files, published, hub_id, str(url))
 
 
+def inspect(
+    sources: Sequence[str],
+    model_name: str,
+    use_ema: bool = True,
+    image_size: int | None = None,
+    layers: Sequence[str] = (),
+) -> report.GroupHistory:
+    """Report the groups in checkpoints of one run, without executing anything in them.
+
+    They are read one after the other, and only their gates are kept.
+
+    Args:
+        sources: What `convert` takes, or folders that it wrote; in order.
+        model_name: Architecture, with or without a tag, such as ``g_resnext50``.
+        use_ema: Take the averaged weights where a checkpoint has them.
+        image_size: Side in pixels of the image for which multiply-adds are counted; that of the model if None.
+        layers: Names of layers that must be there, looked for in the first checkpoint.
+
+    Returns:
+        A report a checkpoint.
+
+    Raises:
+        ValueError: For an unknown model or layer, a source that is no checkpoint of the model, or checkpoints of
+            different networks.
+        RuntimeError: If the Hub cannot be reached.
+    """
+    architecture = model_name.partition(".")[0]
+    if architecture not in (ours := timm.list_models(module="g_resnext")):
+        raise ValueError(f"unknown model {model_name!r}; expected {', '.join(ours)}, with or without a tag")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image size must be at least 1, got {image_size}")
+    default_tag = timm.get_pretrained_cfg(architecture).tag
+    _, cfg = _resolve(model_name if "." in model_name else f"{architecture}.{default_tag}")
+    size = cfg.input_size if image_size is None else (cfg.input_size[0], image_size, image_size)
+    reports, epochs = [], []
+    for source in tqdm(sources, desc="reading", unit="checkpoint", **BAR):
+        folder = Path(source)
+        if folder.is_dir() and not (folder / _WEIGHTS).is_file():
+            raise ValueError(
+                f"{source} has no {_WEIGHTS}; name a checkpoint, or a folder that timm-dgconv convert wrote"
+            )
+        path = folder / _WEIGHTS if folder.is_dir() else _fetch(source)
+        reports.append(report.group_report(_load_gates(path, source, use_ema, architecture, cfg), size))
+        epochs.append(_epoch(path))
+        reports[0].select(layers)
+    return report.GroupHistory(tuple(reports), tuple(sources), tuple(epochs))
+
+
 def _next(steps: Any, name: str) -> None:
     steps.set_description(name, refresh=False)
     steps.update()
@@ -245,20 +295,69 @@ def _resolve(model_name: str) -> tuple[str, Any]:
 def _load(source: str, use_ema: bool, architecture: str, cfg: Any) -> nn.Module:
     """The model with the weights of a checkpoint, with as many classes as that has."""
     state_dict = _read(_fetch(source), source, use_ema)
-    head = state_dict.get("fc.weight")
-    num_classes = cfg.num_classes if head is None or head.ndim != 2 else len(head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what a plain ResNeXt has no weights for keeps these initial values, the same every time
-        model = _create(architecture, cfg, num_classes)
+        model = _create(architecture, cfg, _num_classes(state_dict, cfg))
+    _fill(model, state_dict, source, architecture)
+    return model
+
+
+def _load_gates(path: Path, source: str, use_ema: bool, architecture: str, cfg: Any) -> nn.Module:
+    """The model on the meta device, all but the gates of the checkpoint; what has none is a plain convolution."""
+    state_dict = {
+        name: value.float().clone() if name.endswith(".gate") else torch.empty_like(value, device="meta")
+        for name, value in _read(path, source, use_ema).items()
+    }
+    with torch.device("meta"):
+        model = _create(architecture, cfg, _num_classes(state_dict, cfg))
+    _fill(model, state_dict, source, architecture, assign=True)
+    for name, block in model.named_modules():
+        conv = getattr(block, "conv2", None)
+        if isinstance(conv, DGConv2d) and conv.gate.is_meta:
+            weight = state_dict[f"{name}.conv2.weight"]
+            like: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, dtype=weight.dtype)
+            block.conv2 = nn.Conv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                groups=conv.in_channels // weight.shape[1],
+                bias=False,
+                device="meta",
+                **like,
+            )
+    return model
+
+
+def _epoch(path: Path) -> int | None:
+    """The epoch that timm's train.py and others store in a checkpoint."""
+    if path.suffix == ".safetensors":
+        return None
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Mapped, the tensors are not read; files of the time before zip archives cannot be.
+        mapped = zipfile.is_zipfile(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    epoch = checkpoint.get("epoch")
+    return epoch if type(epoch) is int else None
+
+
+def _num_classes(state_dict: dict[str, Tensor], cfg: Any) -> int:
+    head = state_dict.get("fc.weight")
+    return cfg.num_classes if head is None or head.ndim != 2 else len(head)
+
+
+def _fill(
+    model: nn.Module, state_dict: dict[str, Tensor], source: str, architecture: str, assign: bool = False
+) -> None:
+    """Load a state dict that must have all of the model and nothing else."""
     try:
-        missing, unexpected = model.load_state_dict(state_dict, strict=False)
+        missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=assign)
         problems = [f"it has no {name}" for name in missing] + [f"{architecture} has no {name}" for name in unexpected]
     except RuntimeError as error:  # shapes
         problems = [line.strip() for line in str(error).splitlines()[1:]]
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise ValueError(f"{source} is a checkpoint of another network than {architecture}: {problems[0]}{more}")
-    return model
 
 
 def _create(architecture: str, cfg: Any, num_classes: int) -> nn.Module:

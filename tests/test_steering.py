@@ -1,0 +1,311 @@
+"""The complexity term in unchanged training loops, and frozen groups."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import NativeScaler
+from torch import nn
+
+from timm_dgconv import DGConv2d, compact, complexity, freeze_groups, group_report
+from timm_dgconv.regularizer import steer
+
+LR, WEIGHT = 0.1, 1e-4
+
+
+def network(weight: float = WEIGHT, **kwargs: Any) -> nn.Module:
+    """A tiny G-ResNeXt, every time the same; gates well away from zero, of either sign."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_g_resnext", num_classes=3, complexity_weight=weight, **kwargs)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -0.5, 0.5))
+    return model
+
+
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    return [module.gate for module in model.modules() if isinstance(module, DGConv2d)]
+
+
+def loss_of(model: nn.Module, part: slice = slice(None)) -> torch.Tensor:
+    x = torch.sin(torch.arange(8 * 3 * 32 * 32.0)).view(8, 3, 32, 32)[part]
+    return nn.functional.cross_entropy(model.eval()(x), torch.arange(8)[part] % 3)
+
+
+def gradient(model: nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(complexity(model), gates(model)))
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(model).backward()
+    optimizer.step()
+
+
+def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for n in range(4):
+        (loss_of(model, slice(2 * n, 2 * n + 2)) / 4).backward()
+    optimizer.step()
+
+
+def scaled(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    scaler.scale(loss_of(model)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaled_and_clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As train.py of timm does."""
+    NativeScaler(device="cpu")(loss_of(model), optimizer, clip_grad=1e-3, parameters=model.parameters())
+
+
+def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step(closure(model, optimizer))
+
+
+def with_named_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step(closure=closure(model, optimizer))
+
+
+def closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], torch.Tensor]:
+    """As Lightning steps."""
+
+    def compute() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    return compute
+
+
+LOOPS = [plain, accumulated, scaled, scaled_and_clipped, with_closure, with_named_closure]
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), LR),
+    "fused": lambda model: torch.optim.SGD(model.parameters(), LR, fused=True),
+    "lookahead": lambda model: create_optimizer_v2(model, opt="lookahead_momentum", lr=LR, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_step(loop: Callable[[nn.Module, torch.optim.Optimizer], None], optimizer: str) -> None:
+    steered, free = network(), network(0)
+    expected = gradient(steered)
+    for model in (steered, free):
+        loop(model, OPTIMIZERS[optimizer](model))
+    for gate, without, term in zip(gates(steered), gates(free), expected, strict=True):
+        torch.testing.assert_close(gate - without, -LR * WEIGHT * term, rtol=1e-3, atol=1e-7)
+    others = zip(steered.named_parameters(), free.parameters(), strict=True)
+    assert all(torch.equal(p, q) for (name, p), q in others if not name.endswith("gate"))
+
+
+def test_every_step_has_the_term_once() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model).backward()
+        task = [gate.grad.clone() for gate in gates(model)]
+        for _ in range(2):  # the second without a new gradient
+            optimizer.step()
+            for gate, before, term in zip(gates(model), task, gradient(model), strict=True):
+                torch.testing.assert_close(gate.grad, before + WEIGHT * term)
+
+
+def test_gates_that_the_loss_does_not_reach() -> None:
+    model = network()
+    before = [gate.detach().clone() for gate in gates(model)]
+    expected = gradient(model)
+    torch.optim.SGD(gates(model), LR).step()
+    for gate, start, term in zip(gates(model), before, expected, strict=True):
+        torch.testing.assert_close(gate - start, -LR * WEIGHT * term)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
+def test_copies_are_steered(how: Callable[[nn.Module], nn.Module]) -> None:
+    model = how(network())
+    expected = gradient(model)
+    before = [gate.detach().clone() for gate in gates(model)]
+    torch.optim.SGD(model.parameters(), LR).step()
+    for gate, start, term in zip(gates(model), before, expected, strict=True):
+        torch.testing.assert_close(gate - start, -LR * WEIGHT * term)
+
+
+def test_features_only() -> None:
+    model = network(features_only=True)
+    before = [gate.detach().clone() for gate in gates(model)]
+    expected = gradient(model)
+    torch.optim.SGD(model.parameters(), LR).step()
+    for gate, start, term in zip(gates(model), before, expected, strict=True):
+        torch.testing.assert_close(gate - start, -LR * WEIGHT * term)
+
+
+def test_half_precision() -> None:
+    """A layer's gradient of the complexity is above what float16 holds."""
+    conv = DGConv2d(1024, 1024, 1).half()
+    steer(conv, 1e-7)
+    with torch.no_grad():
+        conv.gate.fill_(1.0)
+    torch.optim.SGD([conv.gate], 1.0).step()
+    moved = torch.full_like(conv.gate, 1.0 - 1e-7 * 0.6931472 * 2**20)
+    torch.testing.assert_close(conv.gate.detach(), moved)
+
+
+def test_others_are_left_alone() -> None:
+    model, other = network(), nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), LR).step()
+    assert all(gate.grad is None for gate in gates(model))
+    torch.optim.SGD([p for p in model.parameters() if all(p is not gate for gate in gates(model))], LR).step()
+    assert all(gate.grad is None for gate in gates(model))
+
+
+def test_costs_nothing_unless_asked_for() -> None:
+    code = """
+        import timm
+        from torch.optim import optimizer
+        hooks = optimizer._global_optimizer_pre_hooks
+        timm.create_model("test_g_resnext")
+        timm.create_model("test_g_resnext", complexity_weight=0)
+        timm.create_model("test_g_resnext", freeze_groups=True)
+        assert len(hooks) == 0
+        for _ in range(2):
+            timm.create_model("test_g_resnext", complexity_weight=1e-7)
+            assert len(hooks) == 1
+    """
+    subprocess.run([sys.executable, "-c", dedent(code)], check=True)
+
+
+def test_target() -> None:
+    model = network(complexity_target=0.3)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.fill_(0.5)
+
+    def step() -> list[float]:
+        model.zero_grad()
+        torch.optim.SGD(model.parameters(), 0.0).step()
+        return [0.0 if gate.grad is None else gate.grad.abs().min().item() for gate in gates(model)]
+
+    assert min(step()) > 0
+    with torch.no_grad():
+        for gate in gates(model):
+            gate[:2] = -0.5  # a quarter of the connections
+    assert group_report(model).share == 0.25
+    assert max(step()) == 0
+    for conv in model.modules():
+        if isinstance(conv, DGConv2d):
+            conv.complexity_term.target = 0.25  # of all layers
+            break
+    assert max(step()) == 0  # not above it
+    conv.complexity_term.target = 0.249
+    assert min(step()) > 0
+
+
+def test_training_does_not_stay_in_the_config(tmp_path: Path) -> None:
+    from timm.models._hub import save_config_for_hf
+
+    model = network()
+    save_config_for_hf(model, tmp_path / "config.json")
+    save_config_for_hf(compact(model), tmp_path / "compact.json")
+    save_config_for_hf(network(0, freeze_groups=True), tmp_path / "frozen.json")
+    for file in tmp_path.iterdir():
+        assert "complexity" not in file.read_text()
+        assert "freeze" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        (dict(complexity_weight=-1e-7), ValueError, ["complexity_weight=-1e-07", "at least 0"]),
+        (dict(complexity_weight=float("nan")), ValueError, ["nan", "at least 0 and finite"]),
+        (dict(complexity_weight="much"), TypeError, ["'much'", "number"]),
+        (dict(complexity_target=0.5), ValueError, ["complexity_target=0.5", "needs a complexity_weight"]),
+        (dict(complexity_weight=1e-7, complexity_target=0.0), ValueError, ["complexity_target=0.0", "above 0"]),
+        (dict(complexity_weight=1e-7, complexity_target=1.5), ValueError, ["complexity_target=1.5", "at most 1"]),
+        (dict(complexity_weight=1e-7, freeze_groups=True), ValueError, ["no gates", "freeze_groups=True"]),
+        (dict(complexity_weight=1e-7, groups=[1, 1, 1, 1]), ValueError, ["no gates", "groups=..."]),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        timm.create_model("test_g_resnext", **kwargs)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_distributed(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        dedent(
+            """
+            import os, sys, timm, torch, torch.distributed as dist
+            from torch.nn.parallel import DistributedDataParallel
+            from timm_dgconv import DGConv2d, complexity
+
+            rank, folder = int(sys.argv[1]), sys.argv[2]
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+            x = torch.sin(torch.arange(4 * 3 * 32 * 32.0)).view(4, 3, 32, 32)
+            moved = {}
+            for weight in (1e-4, 0):
+                torch.manual_seed(0)
+                model = timm.create_model("test_g_resnext", complexity_weight=weight).eval()
+                gates = [m.gate for m in model.modules() if isinstance(m, DGConv2d)]
+                parallel = DistributedDataParallel(model)
+                optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+                term = torch.autograd.grad(complexity(model), gates)
+                parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+                optimizer.step()
+                moved[weight] = torch.cat([gate.detach() for gate in gates])
+            expected = -0.1 * 1e-4 * torch.cat(term)
+            torch.testing.assert_close(moved[1e-4] - moved[0], expected, rtol=1e-3, atol=1e-7)
+            torch.save(moved[1e-4], f"{folder}/gates{rank}.pt")
+            os._exit(0)  # gloo's destructor can wait for itself in torch 2.5
+            """
+        )
+    )
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=env) for rank in range(2)]
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    assert torch.equal(*(torch.load(tmp_path / f"gates{rank}.pt") for rank in range(2)))
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lamb"])
+def test_frozen(opt: str) -> None:
+    model = network(0)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=LR, weight_decay=0.1, filter_bias_and_bn=False)
+    plain(model, optimizer)  # momentum, and gradients that are not cleared
+    freeze_groups(model)
+    before = [gate.detach().clone() for gate in gates(model)]
+    plain(model, optimizer)
+    assert all(torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
+    freeze_groups(model, frozen=False)
+    optimizer.zero_grad()
+    plain(model, optimizer)
+    assert not any(torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
+
+
+def test_frozen_from_the_start() -> None:
+    model = timm.create_model("test_g_resnext", freeze_groups=True)
+    assert not any(gate.requires_grad for gate in gates(model))
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("gate"))
+    with pytest.raises(ValueError, match="Linear has no DGConv2d"):
+        freeze_groups(nn.Linear(2, 2))

@@ -1,0 +1,449 @@
+"""What was learned: the groups of every layer and what they cost, of one model or over the checkpoints of a run."""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_dgconv import grouping
+from timm_dgconv.dgconv import DGConv2d
+from timm_dgconv.g_resnext import GroupableBottleneck
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Numbers of parameters, and of multiply-adds for one image."""
+
+    params: int
+    macs: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.params - other.params, self.macs - other.macs)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The groups of one layer and what they cost.
+
+    Attributes:
+        name: Name of the module in the model.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        resolution: Height and width of the output; None if the model does not run this layer on an image.
+        groups: Number of groups.
+        bits: A character for each bit of the channel number, the most significant first: 1 where the bit is open (it
+            connects the channels that differ in it), 0 where it is closed. With `sort=True` the closed gates act on the
+            most significant bits, wherever they are stored; these are the bits on which they act, so all 0 come first.
+            None for a plain group convolution, whose channels may have been reordered.
+        learned: Cost with these groups, without the gates.
+        dense: Cost with one group.
+        resnext: Cost in the ResNeXt with the same widths; None outside of a G-ResNeXt.
+        resnext_groups: Its number of groups.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    resolution: tuple[int, int] | None
+    groups: int
+    bits: str | None
+    learned: Cost
+    dense: Cost
+    resnext: Cost | None
+    resnext_groups: int | None
+
+    @property
+    def channels_per_group(self) -> int:
+        """Number of input channels that a group reads."""
+        return self.in_channels // self.groups
+
+    @property
+    def stage(self) -> str:
+        """Name of the module that holds the layer's block, such as ``layer1`` for ``layer1.0.conv2``."""
+        return ".".join(self.name.split(".")[:-2])
+
+    def connectivity(self) -> Tensor:
+        """The 0/1 matrix of shape (out_channels, in_channels), 1 where an input channel feeds an output channel."""
+        if self.bits is None:
+            blocks = torch.ones(self.out_channels // self.groups, self.channels_per_group)
+            return torch.kron(torch.eye(self.groups), blocks)
+        gate = torch.tensor([1.0 if bit == "1" else -1.0 for bit in self.bits])
+        return grouping.connectivity(gate, self.out_channels, self.in_channels)
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """The groups of every layer of a model, and what the whole network costs.
+
+    Attributes:
+        model: Name of the architecture, or of the class if it has none.
+        input_size: Channels, height and width of the image for which multiply-adds are counted.
+        layers: The layers that learn their groups (or, compact, have learned them), in the order of the model.
+        learned: Cost of the whole network with these groups, that of `timm_dgconv.compact`.
+        dense: Cost of the whole network with one group in each of these layers.
+        resnext: Cost of the ResNeXt with the same widths; None if some layer is outside of a G-ResNeXt.
+    """
+
+    model: str
+    input_size: tuple[int, int, int]
+    layers: tuple[LayerReport, ...]
+    learned: Cost
+    dense: Cost
+    resnext: Cost | None
+
+    @property
+    def complexity(self) -> int:
+        """Number of connected channel pairs of these layers, the value of `timm_dgconv.complexity`."""
+        return self._connections(layer.groups for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """The connected channel pairs as a share of those of dense layers."""
+        return self.complexity / self._connections([1] * len(self.layers))
+
+    @property
+    def resnext_share(self) -> float | None:
+        """The same of the ResNeXt."""
+        groups = [layer.resnext_groups for layer in self.layers if layer.resnext_groups is not None]
+        if len(groups) < len(self.layers):
+            return None
+        return self._connections(groups) / self._connections([1] * len(self.layers))
+
+    def _connections(self, groups: Iterable[int]) -> int:
+        return sum(c.in_channels * c.out_channels // g for c, g in zip(self.layers, groups, strict=True))
+
+    def select(self, names: Sequence[str]) -> list[LayerReport]:
+        """The layers with these names.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        layers = {layer.name: layer for layer in self.layers}
+        for name in names:
+            if name not in layers:
+                raise ValueError(f"{self.model} has no layer {name!r} that learns groups; it has {', '.join(layers)}")
+        return [layers[name] for name in names]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as dicts, lists, strings and numbers, for JSON."""
+        result = dataclasses.asdict(self)
+        for entry, layer in zip(result["layers"], self.layers, strict=True):
+            entry["channels_per_group"] = layer.channels_per_group
+        shares = {"complexity": self.complexity, "share": self.share, "resnext_share": self.resnext_share}
+        return {**result, **shares, "layers": list(result["layers"])}
+
+    def table(self) -> str:
+        """A row a layer, and the whole network under it."""
+        rows = [
+            [
+                "layer",
+                "channels",
+                "resolution",
+                "groups",
+                "channels",
+                "open bits",
+                "parameters",
+                "",
+                "",
+                "MACs, M",
+                "",
+                "",
+            ],
+            ["", "", "", "", "a group", "", "learned", "dense", "ResNeXt", "learned", "dense", "ResNeXt"],
+        ]
+        for layer in self.layers:
+            costs = (layer.learned, layer.dense, layer.resnext)
+            rows.append(
+                [
+                    layer.name,
+                    _channels(layer),
+                    "-" if layer.resolution is None else "{} x {}".format(*layer.resolution),
+                    str(layer.groups),
+                    str(layer.channels_per_group),
+                    layer.bits or "-",
+                    *("-" if cost is None else f"{cost.params:,}" for cost in costs),
+                    *("-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in costs),
+                ]
+            )
+        fixed = sorted({layer.resnext_groups for layer in self.layers if layer.resnext_groups is not None})
+        resnext = f"ResNeXt, {fixed[0]} groups" if len(fixed) == 1 else "ResNeXt"
+        totals = (self.learned, self.dense, self.resnext)
+        shares = (self.share, 1.0, self.resnext_share)
+        whole = [
+            ["whole network", "learned", "dense", resnext],
+            ["parameters", *("-" if cost is None else f"{cost.params:,}" for cost in totals)],
+            ["multiply-adds (MACs), M", *("-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in totals)],
+            ["connections, % of dense", *("-" if share is None else f"{100 * share:.2f}" for share in shares)],
+        ]
+        title = f"{self.model}, input {' x '.join(map(str, self.input_size))}"
+        return f"{title}\n\n{_align(rows)}\n\n{_align(whole)}"
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+@dataclass(frozen=True)
+class GroupHistory:
+    """Reports of the checkpoints of one run, in order.
+
+    Attributes:
+        reports: A report a checkpoint.
+        sources: Where each is from.
+        epochs: The epoch of each, None where it is not known.
+
+    Raises:
+        ValueError: If there is none, or they are of different networks.
+    """
+
+    reports: tuple[GroupReport, ...]
+    sources: tuple[str, ...]
+    epochs: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.reports) == len(self.sources) == len(self.epochs) > 0:
+            raise ValueError(
+                f"{len(self.reports)} reports, {len(self.sources)} sources and {len(self.epochs)} epochs; there must "
+                "be as many of each, and at least one"
+            )
+        first = self.reports[0]
+        for report, source in zip(self.reports, self.sources, strict=True):
+            if _network(report) != _network(first):
+                raise ValueError(
+                    f"{source} is of another network than {self.sources[0]}: {report.model} with "
+                    f"{report.dense.params:,} parameters (dense), not {first.model} with {first.dense.params:,}; name "
+                    "checkpoints of one run"
+                )
+
+    @property
+    def axis(self) -> str:
+        """What the labels are: ``epoch`` if all checkpoints know theirs, else ``checkpoint``."""
+        return "checkpoint" if None in self.epochs else "epoch"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The epoch of each checkpoint where it is known, else the name of its file, or what was given if ambiguous."""
+        if self.axis == "epoch":
+            return tuple(map(str, self.epochs))
+        files = [source.rstrip("/").rpartition("/")[2] for source in self.sources]
+        names = files if len(set(files)) == len(files) else self.sources
+        pairs = zip(self.epochs, names, strict=True)
+        return tuple(name if epoch is None else f"epoch {epoch}" for epoch, name in pairs)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """`GroupReport.as_dict` of each checkpoint, with its source and epoch."""
+        triples = zip(self.sources, self.epochs, self.reports, strict=True)
+        return [{"source": source, "epoch": epoch, **report.as_dict()} for source, epoch, report in triples]
+
+    def table(self) -> str:
+        """The table of one checkpoint; of several a row a layer, a column of groups a checkpoint, their share under it.
+
+        The share is that of connected channel pairs, in percent of dense layers.
+        """
+        first, *others = self.reports
+        if not others:
+            return first.table()
+        rows = [["layer", "channels", *self.labels]]
+        for n, layer in enumerate(first.layers):
+            rows.append([layer.name, _channels(layer), *(str(report.layers[n].groups) for report in self.reports)])
+        shares = ["connections, % of dense", "", *(f"{100 * report.share:.2f}" for report in self.reports)]
+        return f"{first.model}, groups by {self.axis}\n\n{_align([*rows, shares])}"
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> GroupReport:
+    """The groups of every layer of a model, and what they cost beside dense layers and beside a fixed ResNeXt.
+
+    Multiply-adds are those of torch.nn.Conv2d and torch.nn.Linear layers for one image, in evaluation mode. The shapes
+    are found on a copy without data (on the meta device), so the model stays as it is and nothing is computed.
+
+    Args:
+        model: A G-ResNeXt, learnable or compact, a wrapper around one, or any module with DGConv2d layers.
+        input_size: Channels, height and width of the image; those of the model's pretrained_cfg if None.
+
+    Returns:
+        The report; ``print`` shows it as a table.
+
+    Raises:
+        TypeError: If `input_size` is not three integers.
+        ValueError: If the model has no such layer, no known input size, does not run on such an image, or its gates
+            have no values (on the meta device).
+
+    Examples:
+        >>> report = group_report(nn.Sequential(DGConv2d(64, 64, 3, padding=1)), input_size=(64, 7, 7))
+        >>> report.layers[0].dense
+        Cost(params=36928, macs=1806336)
+    """
+    model = _unwrap(model)
+    convs, cardinalities = _groupable(model)
+    if not convs:
+        raise ValueError(
+            f"{type(model).__name__} has no DGConv2d and no block of G-ResNeXt, so it has no groups to report; build a "
+            "model with timm.create_model('g_resnext50'), or use timm_dgconv.DGConv2d in yours"
+        )
+    size = _input_size(model, input_size)
+    macs, resolutions = _trace(model, size)
+    whole = Cost(sum(parameter.numel() for parameter in model.parameters()), sum(macs.values()))
+    learned, dense, resnext = whole, whole, whole
+    layers = []
+    for name, conv in convs.items():
+        cardinality = cardinalities.get(name)
+        bits = _bits(name, conv) if isinstance(conv, DGConv2d) else None
+        groups = conv.groups if bits is None else 1 << bits.count("0")
+        bias = 0 if conv.bias is None else conv.bias.numel()
+        weights, products = conv.weight.numel() * conv.groups, macs.get(name, 0) * conv.groups
+        costs = [Cost(weights // g + bias, products // g) for g in (groups, 1, cardinality or 1)]
+        stored = Cost(sum(parameter.numel() for parameter in conv.parameters()), macs.get(name, 0))
+        learned, dense, resnext = (
+            total - stored + cost for total, cost in zip((learned, dense, resnext), costs, strict=True)
+        )
+        layers.append(
+            LayerReport(
+                name,
+                conv.in_channels,
+                conv.out_channels,
+                resolutions.get(name),
+                groups,
+                bits,
+                learned=costs[0],
+                dense=costs[1],
+                resnext=costs[2] if cardinality else None,
+                resnext_groups=cardinality,
+            )
+        )
+    known = all(layer.resnext is not None for layer in layers)
+    return GroupReport(_name(model), size, tuple(layers), learned, dense, resnext if known else None)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model in wrappers that hold it and nothing else: of parallel training, of torch.compile, averaged weights."""
+    while True:
+        children = dict(model.named_children())
+        if list(children) not in (["module"], ["_orig_mod"]):
+            return model
+        (model,) = children.values()
+
+
+def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
+    """The convolutions that learn groups, or did, by name in order; for those in a block the groups of its ResNeXt."""
+    convs: dict[str, nn.Conv2d] = {}
+    cardinalities = {}
+    in_blocks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GroupableBottleneck):
+            in_blocks[f"{name}.conv2".removeprefix(".")] = module.cardinality
+        if isinstance(module, DGConv2d) or (isinstance(module, nn.Conv2d) and name in in_blocks):
+            convs[name] = module
+            if name in in_blocks:
+                cardinalities[name] = in_blocks[name]
+    return convs, cardinalities
+
+
+def _bits(name: str, conv: DGConv2d) -> str:
+    if conv.gate.is_meta:
+        raise ValueError(f"the gates of {name} are on the meta device and have no values; load weights first")
+    closed: list[bool] = grouping.closed_gates(conv.gate.detach()).tolist()
+    if conv.sort:
+        closed.sort(reverse=True)
+    return "".join("0" if bit else "1" for bit in closed)
+
+
+def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
+    if given is None:
+        cfgs = (getattr(module, "pretrained_cfg", None) for module in model.modules())
+        cfg = next((cfg for cfg in cfgs if cfg and cfg.get("input_size")), None)
+        if cfg is None:
+            raise ValueError(
+                f"{type(model).__name__} has no pretrained_cfg that names an input size; name one, "
+                "group_report(model, input_size=(channels, height, width))"
+            )
+        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        given = (first.in_channels, *cfg["input_size"][1:])  # in_chans of timm.create_model does not change the cfg
+    if not isinstance(given, Sequence) or not all(type(number) is int for number in given):
+        raise TypeError(f"input_size={given!r} must be three integers, (channels, height, width)")
+    if len(given) != 3 or min(given) < 1:
+        raise ValueError(f"input_size={given!r} must be three positive integers, (channels, height, width)")
+    return given[0], given[1], given[2]
+
+
+def _name(model: nn.Module) -> str:
+    cfgs = (getattr(module, "pretrained_cfg", None) for module in model.modules())
+    return next((cfg["architecture"] for cfg in cfgs if cfg and cfg.get("architecture")), type(model).__name__)
+
+
+def _trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Multiply-adds of every convolution and linear layer as it is stored, and height and width of convolutions."""
+    macs: dict[str, int] = {}
+    resolutions: dict[str, tuple[int, int]] = {}
+
+    def count(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        weight: Any = module.weight
+        macs[name] = macs.get(name, 0) + output.numel() * weight[0].numel()
+        if isinstance(module, nn.Conv2d):
+            resolutions[name] = (output.shape[-2], output.shape[-1])
+
+    net = _without_data(model)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(partial(count, name))
+    dtype = next(parameter.dtype for parameter in net.parameters())
+    try:
+        with torch.no_grad():
+            net(torch.empty(1, *size, device="meta", dtype=dtype))
+    except Exception as error:  # whatever a module of the user's raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; name a size "
+            "that it takes with input_size=(channels, height, width)"
+        ) from error
+    return macs, resolutions
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy on the meta device in evaluation mode, without the user's hooks."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    result = copy.deepcopy(model, memo).eval()
+    for copied, module in zip(result.modules(), model.modules(), strict=True):
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks: dict[int, Callable[..., Any]] = getattr(copied, name)
+            shared = getattr(module, name)
+            # A plain function is not copied: it would see this run. Bound methods are those of the copy (timm's
+            # FeatureHookNet has such).
+            for key in [key for key, hook in hooks.items() if hook is shared.get(key)]:
+                del hooks[key]
+    return result
+
+
+def _network(report: GroupReport) -> tuple[Any, ...]:
+    """What checkpoints of one run have in common."""
+    layers = [(layer.name, layer.in_channels, layer.out_channels, layer.resolution) for layer in report.layers]
+    return report.model, report.input_size, report.dense, layers
+
+
+def _channels(layer: LayerReport) -> str:
+    if layer.in_channels == layer.out_channels:
+        return str(layer.in_channels)
+    return f"{layer.in_channels} -> {layer.out_channels}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
