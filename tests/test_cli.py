@@ -60,6 +60,8 @@ def test_demo_does_not_overwrite(demo_folder: Path, capsys: pytest.CaptureFixtur
         (["--model", "g_resnext5"], "unknown model 'g_resnext5'"),
         (["--model", "test_resnet"], "test_resnet has no DGConv2d"),
         (["--device", "nonsense"], "device 'nonsense'"),
+        (["--complexity-weight", "-1"], "complexity_weight=-1.0"),
+        (["--complexity-target", "0.5"], "complexity_target=0.5 needs a complexity_weight"),
     ],
 )
 def test_demo_refuses(args: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

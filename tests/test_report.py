@@ -350,7 +350,7 @@ def test_inspect_a_model_of_the_hub(model: nn.Module, tmp_path: Path) -> None:
 
 
 def test_inspect_a_run(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reports = inspected(capsys, *run, "--no-ema")
+    reports = inspected(capsys, *reversed(run), "--no-ema")
     assert [report["epoch"] for report in reports] == [0, 4, 8]
     assert [report["source"] for report in reports] == run
     assert main(["inspect", *run, "--no-ema", "--model", f"{TINY}.dgconv_in1k"]) == 0

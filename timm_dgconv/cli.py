@@ -217,7 +217,8 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="CKPT",
-        help="what convert takes, or a folder that it wrote; several of one run in the order in which they were made",
+        help="what convert takes, or a folder that it wrote; several of one run in order (those of train.py are put in "
+        "the order of their epochs)",
     )
     inspect.add_argument("--model", required=True, metavar="NAME", help="architecture, such as g_resnext50")
     inspect.add_argument("--json", action="store_true", help="print JSON, a list with an object a checkpoint")

@@ -229,11 +229,11 @@ def inspect(
     They are read one after the other, and only their gates are kept.
 
     Args:
-        sources: What `convert` takes, or folders that it wrote; in order.
+        sources: What `convert` takes, or folders that it wrote; in order, but by epoch if all of them have one.
         model_name: Architecture, with or without a tag, such as ``g_resnext50``.
         use_ema: Take the averaged weights where a checkpoint has them.
         image_size: Side in pixels of the image for which multiply-adds are counted; that of the model if None.
-        layers: Names of layers that must be there, looked for in the first checkpoint.
+        layers: Names of layers that must be there.
 
     Returns:
         A report a checkpoint.
@@ -251,7 +251,7 @@ def inspect(
     default_tag = timm.get_pretrained_cfg(architecture).tag
     _, cfg = _resolve(model_name if "." in model_name else f"{architecture}.{default_tag}")
     size = cfg.input_size if image_size is None else (cfg.input_size[0], image_size, image_size)
-    reports, epochs = [], []
+    reports = []
     for source in tqdm(sources, desc="reading", unit="checkpoint", **BAR):
         folder = Path(source)
         if folder.is_dir() and not (folder / _WEIGHTS).is_file():
@@ -259,10 +259,12 @@ def inspect(
                 f"{source} has no {_WEIGHTS}; name a checkpoint, or a folder that timm-dgconv convert wrote"
             )
         path = folder / _WEIGHTS if folder.is_dir() else _fetch(source)
-        reports.append(report.group_report(_load_gates(path, source, use_ema, architecture, cfg), size))
-        epochs.append(_epoch(path))
-        reports[0].select(layers)
-    return report.GroupHistory(tuple(reports), tuple(sources), tuple(epochs))
+        learned = report.group_report(_load_gates(path, source, use_ema, architecture, cfg), size)
+        learned.select(layers)
+        reports.append((learned, source, _epoch(path)))
+    if all(epoch is not None for *_, epoch in reports):  # a shell puts checkpoint-10 before checkpoint-2
+        reports.sort(key=lambda entry: entry[2] or 0)
+    return report.GroupHistory(*zip(*reports, strict=True))
 
 
 def _next(steps: Any, name: str) -> None:
