@@ -106,7 +106,7 @@ class DGConv2d(nn.Conv2d):
         )
         self.sort = sort
         self.spans: group_conv.Spans | None = None
-        self.complexity_term: steering.ComplexityTerm | None = None
+        self.complexity_term: tuple[steering.ComplexityTerm, int] | None = None  # and the place of this layer in it
         self.gate = nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype))
         self.reset_gate()
 

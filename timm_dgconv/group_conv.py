@@ -125,9 +125,14 @@ _READ_DIRECTLY = {"cpu"}
 
 
 def closed_on_host(gate: Tensor) -> tuple[bool, ...]:
-    """Which gates are closed; a transfer only for gates on other devices that have changed."""
+    """Which gates are closed."""
+    return _closed(values_on_host(gate))
+
+
+def values_on_host(gate: Tensor) -> list[float]:
+    """The gates; a transfer only for gates on other devices that have changed, and then one for all of them."""
     if gate.device.type in _READ_DIRECTLY or gate.is_inference():
-        return _closed(gate.tolist())
+        return gate.tolist()
     with _known_lock:
         if gate not in _known or _known[gate][:2] != _state(gate):
             _known.setdefault(gate, (None, None, ()))
@@ -139,8 +144,7 @@ def closed_on_host(gate: Tensor) -> tuple[bool, ...]:
             for g, state in zip(stale, states, strict=True):
                 _known[g] = (*state, values[: g.numel()])
                 values = values[g.numel() :]
-        values = _known[gate][2]
-    return _closed(values)
+        return _known[gate][2]
 
 
 def _state(gate: Tensor) -> tuple[int, int]:

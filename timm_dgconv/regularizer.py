@@ -59,15 +59,16 @@ def steer(model: nn.Module, weight: float, target: float | None = None) -> None:
     Args:
         model: A model with at least one DGConv2d.
         weight: Factor of the complexity, at least 0; 0 removes the term.
-        target: Share of a dense network's connections, in (0, 1]; the term acts only while the model has more.
+        target: Share of a dense network's connections, in (0, 1]; the term acts only while the model has more, on the
+            open gates nearest to zero, as many as must close to get there.
 
     Raises:
         TypeError: If weight or target is no number.
         ValueError: If the model has no DGConv2d, or weight or target is out of its range.
     """
     term = steering.ComplexityTerm(weight, target)
-    for layer in _layers(model):
-        layer.complexity_term = term if weight else None
+    for place, layer in enumerate(_layers(model)):
+        layer.complexity_term = (term, place) if weight else None
         if weight:
             steering.follow(layer)
 

@@ -12,7 +12,7 @@ import math
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from timm_dgconv import grouping
+from timm_dgconv import group_conv, grouping
 
 
 class ComplexityTerm:
@@ -28,7 +28,8 @@ class ComplexityTerm:
 
     Args:
         weight: Factor of the complexity's gradient, at least 0.
-        target: Share of a dense network's connections at and below which the term rests, in (0, 1]; None for never.
+        target: Share of a dense network's connections, in (0, 1]. While the network has more, the term acts on the open
+            gates nearest to zero, as many as must close to get there. Without it, on all gates, always.
 
     Raises:
         TypeError: If one of them is no number.
@@ -73,9 +74,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         followed = list(_layers)
     terms = defaultdict(list)
     for layer in followed:
-        terms[layer.complexity_term].append(layer)
+        if layer.complexity_term is not None:
+            term, place = layer.complexity_term
+            terms[term].append((place, layer))
     steered = [
-        (term, layers) for term, layers in terms.items() if any(id(layer.gate) in parameters for layer in layers)
+        (term, [layer for _, layer in sorted(layers, key=lambda entry: entry[0])])
+        for term, layers in terms.items()
+        if any(id(layer.gate) in parameters for _, layer in layers)
     ]
     if not steered:
         return None
@@ -99,46 +104,67 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     return (args[0], with_term, *args[2:]), kwargs
 
 
-def _add(term: ComplexityTerm, layers: Iterable[Any], parameters: set[int], grad_scale: Tensor | None) -> None:
+def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad_scale: Tensor | None) -> None:
     """Add the term to the gates among these parameters.
 
     Args:
         term: Weight and target.
-        layers: All layers that share them.
+        layers: All layers that share them, in the order of the model.
         parameters: Ids of the optimizer's parameters.
         grad_scale: By what the gradients are still multiplied, where a fused optimizer unscales them itself.
     """
-    # Single precision at least: float16 ends below the number of connections of a layer.
-    gates = {
-        id(layer.gate): layer.gate.detach().to(torch.promote_types(layer.gate.dtype, torch.float32)).requires_grad_()
-        for layer in layers
-    }
-    with torch.enable_grad():
-        device = next(iter(gates.values())).device
-        # The order of the layers differs between processes; whole numbers in double precision do not mind.
-        complexities = [
-            grouping.complexity(gates[id(layer.gate)], layer.out_channels, layer.in_channels).to(device).double()
-            for layer in layers
-        ]
-        complexity = torch.stack(complexities).sum()
-        gradients = dict(zip(gates, torch.autograd.grad(complexity, list(gates.values())), strict=True))
-    factor = torch.as_tensor(term.weight, dtype=torch.float64, device=device)
-    if term.target is not None:
-        dense = sum(layer.out_channels * layer.in_channels for layer in layers)
-        factor = factor * (complexity.detach() > term.target * dense)
-    if grad_scale is not None:
-        factor = factor * grad_scale.to(device)
-    with torch.no_grad():
-        for gate in {id(layer.gate): layer.gate for layer in layers}.values():
-            if not gate.requires_grad or id(gate) not in parameters or _has_term(gate):
-                continue
-            gradient = gradients[id(gate)]
-            gradient = (gradient * factor.to(gradient.device)).to(gate.dtype)
+    free = [layer.gate.requires_grad and id(layer.gate) in parameters for layer in layers]
+    chosen = None if term.target is None else _to_close(layers, free, term.target)
+    for place, layer in enumerate(layers):
+        gate = layer.gate
+        if not free[place] or (chosen is not None and not any(chosen[place])) or _has_term(gate):
+            continue
+        # In single precision at least: float16 ends below the number of connections of a layer.
+        leaf = gate.detach().to(torch.promote_types(gate.dtype, torch.float32)).requires_grad_()
+        with torch.enable_grad():
+            complexity = grouping.complexity(leaf, layer.out_channels, layer.in_channels)
+        (gradient,) = torch.autograd.grad(complexity, leaf)
+        factor = term.weight if grad_scale is None else term.weight * grad_scale.to(gate.device)
+        gradient = (gradient * factor).to(gate.dtype)
+        with torch.no_grad():
+            if chosen is not None:
+                gradient *= torch.tensor(chosen[place], device=gate.device)
             if gate.grad is None:
                 gate.grad = gradient
             else:
                 gate.grad.add_(gradient)
-            _added[gate] = gate.grad, gate.grad._version
+        _added[gate] = gate.grad, gate.grad._version
+
+
+def _to_close(layers: Sequence[Any], free: Sequence[bool], target: float) -> list[list[bool]]:
+    """The open gates nearest to zero that take the layers to this share of dense connections when they close.
+
+    Only gates of layers that are free to learn.
+
+    Were it all gates, many would close before the momentum of an optimizer fades, and the network end far below.
+    """
+    values = [group_conv.values_on_host(layer.gate) for layer in layers]
+    dense = [layer.out_channels * layer.in_channels for layer in layers]
+    connections = [
+        whole * 0.5 ** sum(math.copysign(1, value) < 0 for value in gates)
+        for whole, gates in zip(dense, values, strict=True)
+    ]
+    excess = sum(connections) - target * sum(dense)
+    chosen = [[False] * len(gates) for gates in values]
+    is_open = (
+        (value, place, k)
+        for place, gates in enumerate(values)
+        for k, value in enumerate(gates)
+        if free[place] and math.copysign(1, value) > 0
+    )
+    for _, place, k in sorted(is_open):
+        connections[place] /= 2  # what closing this gate saves, and what it leaves
+        if connections[place] <= excess:
+            excess -= connections[place]
+            chosen[place][k] = True
+        else:
+            connections[place] *= 2
+    return chosen
 
 
 def _has_term(gate: Tensor) -> bool:
