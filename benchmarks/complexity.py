@@ -150,7 +150,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=float, nargs="+", default=[1e-9, 1e-8, 1e-7, 1e-6])
+    parser.add_argument("--weights", type=float, nargs="+", default=[1e-8, 1e-7, 1e-6, 1e-5])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--img-size", type=int, default=32)

@@ -326,3 +326,19 @@ def test_frozen_from_the_start() -> None:
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("gate"))
     with pytest.raises(ValueError, match="Linear has no DGConv2d"):
         freeze_groups(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("target", [0.02, 0.1, 0.25, 0.5, 1.0])
+def test_a_step_opens_nothing_above_the_target(target: float) -> None:
+    model = network(complexity_target=target)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(-torch.rand_like(gate))  # all closed
+            gate.grad = torch.full_like(gate, -2.0)
+    before = [gate.detach().clone() for gate in gates(model)]
+    fewest = group_report(model).share
+    torch.optim.SGD(model.parameters(), 0.5).step()  # would open all
+    assert target / 2 < group_report(model).share <= max(target, fewest)
+    for gate, start in zip(gates(model), before, strict=True):
+        torch.testing.assert_close(gate.abs(), start + 1)
+    assert target < 1 or group_report(model).share == 1

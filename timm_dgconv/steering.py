@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from timm_dgconv import group_conv, grouping
@@ -29,7 +33,8 @@ class ComplexityTerm:
     Args:
         weight: Factor of the complexity's gradient, at least 0.
         target: Share of a dense network's connections, in (0, 1]. While the network has more, the term acts on the open
-            gates nearest to zero, as many as must close to get there. Without it, on all gates, always.
+            gates nearest to zero, as many as must close to get there, and a step opens no gate that would take the
+            network above. Without a target the term acts on all gates, always.
 
     Raises:
         TypeError: If one of them is no number.
@@ -48,6 +53,8 @@ class ComplexityTerm:
             )
         self.weight = weight
         self.target = target
+        self.closed: list[list[bool]] | None = None
+        """Which gates were closed before the step that an optimizer is taking, for a target."""
 
 
 _layers: Any = weakref.WeakSet()  # DGConv2d layers with a complexity_term
@@ -66,9 +73,11 @@ def follow(layer: nn.Module) -> None:
 @functools.cache
 def _install() -> None:
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _steered(optimizer: Optimizer) -> tuple[set[int], list[tuple[ComplexityTerm, list[Any]]]]:
+    """Ids of the optimizer's parameters; the terms on their gates, with all their layers in the order of the model."""
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with _lock:
         followed = list(_layers)
@@ -77,11 +86,15 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         if layer.complexity_term is not None:
             term, place = layer.complexity_term
             terms[term].append((place, layer))
-    steered = [
+    return parameters, [
         (term, [layer for _, layer in sorted(layers, key=lambda entry: entry[0])])
         for term, layers in terms.items()
         if any(id(layer.gate) in parameters for _, layer in layers)
     ]
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parameters, steered = _steered(optimizer)
     if not steered:
         return None
 
@@ -104,6 +117,14 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     return (args[0], with_term, *args[2:]), kwargs
 
 
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    parameters, steered = _steered(optimizer)
+    for term, layers in steered:
+        if term.target is not None and term.closed is not None:
+            closed, term.closed = term.closed, None
+            _keep_closed(layers, _free(layers, parameters), closed, term.target)
+
+
 def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad_scale: Tensor | None) -> None:
     """Add the term to the gates among these parameters.
 
@@ -113,8 +134,13 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
         parameters: Ids of the optimizer's parameters.
         grad_scale: By what the gradients are still multiplied, where a fused optimizer unscales them itself.
     """
-    free = [layer.gate.requires_grad and id(layer.gate) in parameters for layer in layers]
-    chosen = None if term.target is None else _to_close(layers, free, term.target)
+    free = _free(layers, parameters)
+    chosen = None
+    if term.target is not None:
+        values = [group_conv.values_on_host(layer.gate) for layer in layers]
+        term.closed = [_closed(gates) for gates in values]
+        candidates = [[is_free and not bit for bit in bits] for is_free, bits in zip(free, term.closed, strict=True)]
+        chosen, _ = _to_close(layers, values, candidates, term.target)
     for place, layer in enumerate(layers):
         gate = layer.gate
         if not free[place] or (chosen is not None and not any(chosen[place])) or _has_term(gate):
@@ -136,35 +162,54 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
         _added[gate] = gate.grad, gate.grad._version
 
 
-def _to_close(layers: Sequence[Any], free: Sequence[bool], target: float) -> list[list[bool]]:
-    """The open gates nearest to zero that take the layers to this share of dense connections when they close.
+def _free(layers: Sequence[Any], parameters: set[int]) -> list[bool]:
+    return [layer.gate.requires_grad and id(layer.gate) in parameters for layer in layers]
 
-    Only gates of layers that are free to learn.
+
+def _closed(gates: Sequence[float]) -> list[bool]:
+    return [math.copysign(1, value) < 0 for value in gates]
+
+
+def _to_close(
+    layers: Sequence[Any], values: Sequence[Sequence[float]], candidates: Sequence[Sequence[bool]], target: float
+) -> tuple[list[list[bool]], float]:
+    """Of the open gates that are candidates those nearest to zero that take the layers to a share of dense connections.
 
     Were it all gates, many would close before the momentum of an optimizer fades, and the network end far below.
+
+    Returns:
+        Which gates, and by how many connections the layers are above the target when these have closed.
     """
-    values = [group_conv.values_on_host(layer.gate) for layer in layers]
     dense = [layer.out_channels * layer.in_channels for layer in layers]
-    connections = [
-        whole * 0.5 ** sum(math.copysign(1, value) < 0 for value in gates)
-        for whole, gates in zip(dense, values, strict=True)
-    ]
+    connections = [whole * 0.5 ** sum(_closed(gates)) for whole, gates in zip(dense, values, strict=True)]
     excess = sum(connections) - target * sum(dense)
     chosen = [[False] * len(gates) for gates in values]
-    is_open = (
-        (value, place, k)
-        for place, gates in enumerate(values)
-        for k, value in enumerate(gates)
-        if free[place] and math.copysign(1, value) > 0
-    )
-    for _, place, k in sorted(is_open):
-        connections[place] /= 2  # what closing this gate saves, and what it leaves
-        if connections[place] <= excess:
-            excess -= connections[place]
-            chosen[place][k] = True
-        else:
-            connections[place] *= 2
-    return chosen
+    places = ((n, k) for n, gates in enumerate(candidates) for k, candidate in enumerate(gates) if candidate)
+    for n, k in sorted(places, key=lambda place: (values[place[0]][place[1]], place)):
+        saved = connections[n] / 2
+        if saved <= excess:
+            connections[n], excess, chosen[n][k] = saved, excess - saved, True
+    return chosen, excess
+
+
+@torch.no_grad()
+def _keep_closed(layers: Sequence[Any], free: Sequence[bool], closed: Sequence[Sequence[bool]], target: float) -> None:
+    """Take back what a step has opened above the target: those gates go as far below zero as they are above."""
+    values = [group_conv.values_on_host(layer.gate) for layer in layers]
+    opened = [
+        [is_free and was and not now for was, now in zip(before, _closed(gates), strict=True)]
+        for is_free, before, gates in zip(free, closed, values, strict=True)
+    ]
+    again, excess = _to_close(layers, values, opened, target)
+    if excess > 0:  # one more, so that the network is not above
+        rest = [[o and not a for o, a in zip(*pair, strict=True)] for pair in zip(opened, again, strict=True)]
+        left = [(values[n][k], n, k) for n, gates in enumerate(rest) for k, is_left in enumerate(gates) if is_left]
+        if left:
+            _, n, k = min(left)
+            again[n][k] = True
+    for layer, back in zip(layers, again, strict=True):
+        if any(back):
+            layer.gate.mul_(torch.tensor([-1 if b else 1 for b in back], device=layer.gate.device))
 
 
 def _has_term(gate: Tensor) -> bool:
