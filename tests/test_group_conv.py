@@ -351,3 +351,21 @@ class TestCuda:
             conv.gate.neg_()
             graph.replay()
             assert_close(y, masked_dense(conv, x), rtol=1e-3, atol=1e-3)
+
+
+def test_another_dtype_and_shape_of_the_same_parameter() -> None:
+    """model.double() keeps the Parameter, whose last gradient had another size."""
+    conv = DGConv2d(16, 16, 3, bias=False)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        conv.to(dtype)
+        conv.zero_grad()
+        x = torch.randn(1, 16, 4, 4, dtype=dtype)
+        conv(x).square().sum().backward()
+        expected = torch.autograd.grad(conv._masked_dense(x).square().sum(), conv.weight)[0]
+        torch.testing.assert_close(conv.weight.grad, expected)
+    expanded = nn.Parameter(torch.randn(16, 1, 1, 1).double().expand(16, 16, 1, 1))
+    assert not expanded.is_contiguous()
+    y = group_conv.dgconv2d(x.double(), expanded, None, conv.gate.detach().double(), (1, 1), (0, 0), (1, 1))
+    y.sum().backward()
+    assert expanded.grad is not None
+    assert expanded.grad.shape == expanded.shape

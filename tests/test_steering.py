@@ -1,10 +1,12 @@
 """The complexity term in unchanged training loops, and frozen groups."""
 
 import copy
+import gc
 import io
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -169,6 +171,26 @@ def test_half_precision() -> None:
     torch.testing.assert_close(conv.gate.detach(), moved)
 
 
+def test_sharded_gates_are_refused() -> None:
+    conv = DGConv2d(16, 16, 1)
+    steer(conv, 1e-7)
+    conv.gate = nn.Parameter(conv.gate.detach()[:2])
+    with pytest.raises(RuntimeError, match=r"2 of the 4 gates .*FSDP"):
+        torch.optim.SGD([conv.gate], 1.0).step()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_are_not_kept() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    loss_of(model).backward(create_graph=True)
+    gradients = [weakref.ref(gate.grad) for gate in gates(model)]
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert all(reference() is None for reference in gradients)
+
+
 def test_others_are_left_alone() -> None:
     model, other = network(), nn.Linear(2, 2)
     other(torch.ones(1, 2)).sum().backward()
@@ -243,6 +265,7 @@ def test_training_does_not_stay_in_the_config(tmp_path: Path) -> None:
     model = network()
     save_config_for_hf(model, tmp_path / "config.json")
     save_config_for_hf(compact(model), tmp_path / "compact.json")
+    assert "complexity_weight" not in compact(network(features_only=True))._model_args
     save_config_for_hf(network(0, freeze_groups=True), tmp_path / "frozen.json")
     for file in tmp_path.iterdir():
         assert "complexity" not in file.read_text()

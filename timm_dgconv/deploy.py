@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_dgconv.dgconv import DGConv2d
 from timm_dgconv.fold import to_group_convolution
-from timm_dgconv.g_resnext import GroupableBottleneck
+from timm_dgconv.g_resnext import TRAINING_ARGS, GroupableBottleneck
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -46,7 +46,8 @@ def compact(model: nn.Module) -> nn.Module:
         if isinstance(block.conv2, DGConv2d):
             to_group_convolution(block)
     # timm >= 1.0.31 stores these as the model_args of config.json.
-    result._model_args = {**getattr(result, "_model_args", {}), "groups": block_groups(result)}
+    args = {key: value for key, value in getattr(result, "_model_args", {}).items() if key not in TRAINING_ARGS}
+    result._model_args = {**args, "groups": block_groups(result)}
     return result
 
 

@@ -123,7 +123,7 @@ class DGConv2d(nn.Conv2d):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of copies and unpickled layers, which are steered as the original is."""
-        super().__setstate__(state)
+        super().__setstate__({"complexity_term": None, **state})
         if self.complexity_term is not None:
             steering.follow(self)
 

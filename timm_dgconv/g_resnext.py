@@ -38,6 +38,9 @@ __all__ = ["GResNeXt", "GroupableBottleneck"]
 
 _logger = logging.getLogger(__name__)
 
+TRAINING_ARGS = ("complexity_weight", "complexity_target", "freeze_groups")
+"""Arguments of a model that say how it is trained, not what it is."""
+
 
 class GroupableBottleneck(Bottleneck):
     """timm's ResNeXt bottleneck with a DGConv2d as its 3x3 convolution."""
@@ -186,8 +189,7 @@ class GResNeXt(ResNet):
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep how a model is trained out of what timm >= 1.0.31 stores with its weights."""
         if name == "_model_args":
-            training = ("complexity_weight", "complexity_target", "freeze_groups")
-            value = {key: argument for key, argument in value.items() if key not in training}
+            value = {key: argument for key, argument in value.items() if key not in TRAINING_ARGS}
         super().__setattr__(name, value)
 
     def _let_stem_fuse(self) -> None:

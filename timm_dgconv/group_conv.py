@@ -405,7 +405,7 @@ def _backward(
         layout.pairs(grad_weight)[0].copy_(connected)
     if needs_gate:
         # Half precision is too coarse for the sums over channel pairs.
-        accurate = torch.promote_types(weight.dtype, torch.float32)
+        accurate = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
         grads = layout.inside_gradients(inside.to(accurate).mul_(grad_blocks))
         groups = 1 << len(layout.closed)
         at_once = max(1, _JOINED_BYTES // max(1, grad.nbytes)) if grad.is_cpu else 1
@@ -444,11 +444,12 @@ def _zeros_like(weight: Tensor) -> Tensor:
     On a CPU, fresh memory for it costs more than the convolution, and the allocator gives large tensors back to the
     system at once. So the memory of a weight's last gradient is kept for the next one when it is free.
     """
-    if weight.device.type != "cpu":
+    reach = 1 + sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
+    if weight.device.type != "cpu" or reach != weight.numel():
         return torch.zeros_like(weight)
     memory = _spare.pop(weight, None)
-    if memory is None:
-        memory = np.empty(weight.numel() * weight.itemsize, np.uint8)
+    if memory is None or memory.nbytes != weight.nbytes:  # model.double() keeps the parameter
+        memory = np.empty(weight.nbytes, np.uint8)
     memory.fill(0)  # faster than torch's, since it goes past the caches
     borrowed = memory[:]  # the tensor keeps this object alive
     weakref.finalize(borrowed, _give_back, weakref.ref(weight), memory).atexit = False

@@ -22,7 +22,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from timm_dgconv import group_conv, grouping
 
@@ -59,8 +58,6 @@ class ComplexityTerm:
 
 _layers: Any = weakref.WeakSet()  # DGConv2d layers with a complexity_term
 _lock = threading.Lock()
-# gate -> its gradient and that one's version when the term was added: it is in there as long as nothing has changed.
-_added: Any = WeakTensorKeyDictionary()
 
 
 def follow(layer: nn.Module) -> None:
@@ -145,6 +142,11 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
         gate = layer.gate
         if not free[place] or (chosen is not None and not any(chosen[place])) or _has_term(gate):
             continue
+        if gate.numel() != (num_bits := grouping.num_bits(layer.in_channels, layer.out_channels)):
+            raise RuntimeError(
+                f"complexity_weight finds {gate.numel()} of the {num_bits} gates of a DGConv2d in this process; keep "
+                "gates out of sharding (FSDP: ignored_states), or add timm_dgconv.complexity(model) to the loss"
+            )
         # In single precision at least: float16 ends below the number of connections of a layer.
         leaf = gate.detach().to(torch.promote_types(gate.dtype, torch.float32)).requires_grad_()
         with torch.enable_grad():
@@ -159,7 +161,7 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
                 gate.grad = gradient
             else:
                 gate.grad.add_(gradient)
-        _added[gate] = gate.grad, gate.grad._version
+        gate.grad._version_with_term = gate.grad._version
 
 
 def _free(layers: Sequence[Any], parameters: set[int]) -> list[bool]:
@@ -214,5 +216,4 @@ def _keep_closed(layers: Sequence[Any], free: Sequence[bool], closed: Sequence[S
 
 def _has_term(gate: Tensor) -> bool:
     """Whether the gradient has the term already: steps that call each other, a second step with the same gradient."""
-    gradient, version = _added.get(gate, (None, None))
-    return gate.grad is not None and gate.grad is gradient and gate.grad._version == version
+    return gate.grad is not None and getattr(gate.grad, "_version_with_term", None) == gate.grad._version
