@@ -4,7 +4,7 @@ The original release returns the regularizer beside the logits for the training 
 gradient of ``weight * complexity`` is added where an optimizer takes its step: after gradients were accumulated,
 averaged over processes, unscaled and clipped, and so once a step and unscaled, whatever the loop does before.
 
-The one hook (torch.optim.optimizer.register_optimizer_step_pre_hook) is installed when the first model asks for it.
+The hooks on the steps of optimizers are installed when the first model asks for it.
 """
 
 import functools
