@@ -365,3 +365,42 @@ def test_a_step_opens_nothing_above_the_target(target: float) -> None:
     for gate, start in zip(gates(model), before, strict=True):
         torch.testing.assert_close(gate.abs(), start + 1)
     assert target < 1 or group_report(model).share == 1
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw"])
+@pytest.mark.parametrize("drift", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("target", [0.01, 0.05, 0.2])
+def test_target_is_reached_and_held(target: float, drift: float, opt: str) -> None:
+    """Layers as wide as those of g_resnext50, with noise for gradients and all gates drawn one way or not."""
+    torch.manual_seed(0)
+    widths = [width for width, blocks in ((128, 3), (256, 4), (512, 6), (1024, 3)) for _ in range(blocks)]
+    model = nn.ModuleList(DGConv2d(width, width, 1, bias=False) for width in widths)
+    for gate in gates(model):
+        nn.init.normal_(gate, 0.05, 0.05)
+    steer(model, 1e-2, target)
+    optimizer = create_optimizer_v2(gates(model), opt=opt, lr=5e-3, weight_decay=0.0)
+    shares, patterns = [], []
+    for _ in range(200):
+        for gate in gates(model):
+            gate.grad = torch.randn_like(gate) - drift
+        optimizer.step()
+        shares.append(complexity(model).item() / sum(width**2 for width in widths))
+        patterns.append(tuple(torch.cat(gates(model)).signbit().tolist()))
+    assert shares[0] > target
+    reached = next(step for step, share in enumerate(shares) if share <= 1.01 * target)
+    assert 0.95 * target <= min(shares[reached:])
+    assert max(shares[reached:]) <= 1.01 * target
+    assert drift or len(set(patterns[reached:])) > 10, "the groups go on learning"
+
+
+def test_a_network_below_the_target_goes_no_further() -> None:
+    model = network(complexity_target=0.9)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(torch.linspace(-0.3, 0.3, len(gate)))
+            gate.grad = torch.ones_like(gate)
+    share = group_report(model).share
+    torch.optim.SGD(model.parameters(), 1.0).step()  # would close all
+    assert group_report(model).share == share < 0.9
+    for gate in gates(model):
+        torch.testing.assert_close(gate.abs(), torch.linspace(-0.3, 0.3, len(gate)).sub(1).abs())

@@ -25,6 +25,9 @@ from torch.optim.optimizer import (
 
 from timm_dgconv import group_conv, grouping
 
+SLACK = 0.05
+"""By which part of the target a step may take the network below it."""
+
 
 class ComplexityTerm:
     """What steers the complexity of the layers that share it.
@@ -32,8 +35,9 @@ class ComplexityTerm:
     Args:
         weight: Factor of the complexity's gradient, at least 0.
         target: Share of a dense network's connections, in (0, 1]. While the network has more, the term acts on the open
-            gates nearest to zero, as many as must close to get there, and a step opens no gate that would take the
-            network above. Without a target the term acts on all gates, always.
+            gates nearest to zero, as many as must close to get there. No step opens a gate that would take the network
+            above, nor closes one that would take it more than `SLACK` below. Without a target the term acts on all
+            gates, always.
 
     Raises:
         TypeError: If one of them is no number.
@@ -118,8 +122,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     parameters, steered = _steered(optimizer)
     for term, layers in steered:
         if term.target is not None and term.closed is not None:
-            closed, term.closed = term.closed, None
-            _keep_closed(layers, _free(layers, parameters), closed, term.target)
+            before, term.closed = term.closed, None
+            _hold(layers, _free(layers, parameters), before, term.target)
 
 
 def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad_scale: Tensor | None) -> None:
@@ -136,8 +140,7 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
     if term.target is not None:
         values = [group_conv.values_on_host(layer.gate) for layer in layers]
         term.closed = [_closed(gates) for gates in values]
-        candidates = [[is_free and not bit for bit in bits] for is_free, bits in zip(free, term.closed, strict=True)]
-        chosen, _ = _to_close(layers, values, candidates, term.target)
+        chosen = _to_close(layers, values, term.closed, free, term.target)
     for place, layer in enumerate(layers):
         gate = layer.gate
         if not free[place] or (chosen is not None and not any(chosen[place])) or _has_term(gate):
@@ -172,46 +175,69 @@ def _closed(gates: Sequence[float]) -> list[bool]:
     return [math.copysign(1, value) < 0 for value in gates]
 
 
+def _connections(layers: Sequence[Any], closed: Sequence[Sequence[bool]]) -> list[float]:
+    """Number of connections of each layer with these gates closed."""
+    sizes = [layer.out_channels * layer.in_channels for layer in layers]
+    return [size * 0.5 ** sum(gates) for size, gates in zip(sizes, closed, strict=True)]
+
+
+def _most(layers: Sequence[Any], target: float) -> float:
+    """Number of connections at the target."""
+    return target * sum(layer.out_channels * layer.in_channels for layer in layers)
+
+
 def _to_close(
-    layers: Sequence[Any], values: Sequence[Sequence[float]], candidates: Sequence[Sequence[bool]], target: float
-) -> tuple[list[list[bool]], float]:
-    """Of the open gates that are candidates those nearest to zero that take the layers to a share of dense connections.
+    layers: Sequence[Any],
+    values: Sequence[Sequence[float]],
+    closed: Sequence[Sequence[bool]],
+    free: Sequence[bool],
+    target: float,
+) -> list[list[bool]]:
+    """Which gates must close to take the layers to the target: of the open ones those nearest to zero.
 
-    Were it all gates, many would close before the momentum of an optimizer fades, and the network end far below.
-
-    Returns:
-        Which gates, and by how many connections the layers are above the target when these have closed.
+    Were it all gates, many would close before the momentum of an optimizer fades.
     """
-    dense = [layer.out_channels * layer.in_channels for layer in layers]
-    connections = [whole * 0.5 ** sum(_closed(gates)) for whole, gates in zip(dense, values, strict=True)]
-    excess = sum(connections) - target * sum(dense)
+    connections = _connections(layers, closed)
+    excess = sum(connections) - _most(layers, target)
     chosen = [[False] * len(gates) for gates in values]
-    places = ((n, k) for n, gates in enumerate(candidates) for k, candidate in enumerate(gates) if candidate)
+    places = [
+        (n, k) for n, gates in enumerate(closed) for k, is_closed in enumerate(gates) if free[n] and not is_closed
+    ]
     for n, k in sorted(places, key=lambda place: (values[place[0]][place[1]], place)):
         saved = connections[n] / 2
         if saved <= excess:
             connections[n], excess, chosen[n][k] = saved, excess - saved, True
-    return chosen, excess
+    return chosen
 
 
 @torch.no_grad()
-def _keep_closed(layers: Sequence[Any], free: Sequence[bool], closed: Sequence[Sequence[bool]], target: float) -> None:
-    """Take back what a step has opened above the target: those gates go as far below zero as they are above."""
+def _hold(layers: Sequence[Any], free: Sequence[bool], before: Sequence[Sequence[bool]], target: float) -> None:
+    """Take back what a step has opened above the target, or closed more than `SLACK` below it.
+
+    What the step has moved farthest beyond zero stays first. What is taken back is as far from zero on its old side.
+    """
     values = [group_conv.values_on_host(layer.gate) for layer in layers]
-    opened = [
-        [is_free and was and not now for was, now in zip(before, _closed(gates), strict=True)]
-        for is_free, before, gates in zip(free, closed, values, strict=True)
+    back = [
+        (n, k)
+        for n, (was, now) in enumerate(zip(before, map(_closed, values), strict=True))
+        for k in range(len(was))
+        if free[n] and was[k] != now[k]
     ]
-    again, excess = _to_close(layers, values, opened, target)
-    if excess > 0:  # one more, so that the network is not above
-        rest = [[o and not a for o, a in zip(*pair, strict=True)] for pair in zip(opened, again, strict=True)]
-        left = [(values[n][k], n, k) for n, gates in enumerate(rest) for k, is_left in enumerate(gates) if is_left]
-        if left:
-            _, n, k = min(left)
-            again[n][k] = True
-    for layer, back in zip(layers, again, strict=True):
-        if any(back):
-            layer.gate.mul_(torch.tensor([-1 if b else 1 for b in back], device=layer.gate.device))
+    back.sort(key=lambda place: (-abs(values[place[0]][place[1]]), place))
+    connections = _connections(layers, before)
+    total, most = sum(connections), _most(layers, target)
+    changed = bool(back)
+    while changed:  # what opens makes room for what closes, and the other way round
+        changed = False
+        for n, k in list(back):
+            change = connections[n] if before[n][k] else -connections[n] / 2
+            if total + change <= most if change > 0 else total + change >= (1 - SLACK) * most:
+                connections[n] += change
+                total += change
+                back.remove((n, k))
+                changed = True
+    for n, k in back:
+        layers[n].gate[k] *= -1
 
 
 def _has_term(gate: Tensor) -> bool:
