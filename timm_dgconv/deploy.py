@@ -33,6 +33,16 @@ def compact(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the model has no block of G-ResNeXt, a DGConv2d outside of one, or a norm that mixes channels in
             groups of its own, through which no permutation can move.
+
+    Examples:
+        >>> import timm, torch
+        >>> model = timm.create_model("test_g_resnext").eval()
+        >>> small = compact(model)
+        >>> small.layer4[0].conv2.groups == model.layer4[0].conv2.num_groups
+        True
+        >>> images = torch.randn(2, 3, 64, 64)
+        >>> torch.allclose(small(images), model(images), atol=1e-5)
+        True
     """
     result: Any = copy.deepcopy(model)
     blocks = [module for module in result.modules() if isinstance(module, GroupableBottleneck)]
@@ -52,6 +62,18 @@ def compact(model: nn.Module) -> nn.Module:
 
 
 def block_groups(model: nn.Module) -> list[int]:
-    """Number of groups of every block of a G-ResNeXt, in order: what `groups` of `timm.create_model` takes."""
+    """Number of groups of every block of a G-ResNeXt, in order: what `groups` of `timm.create_model` takes.
+
+    Args:
+        model: A G-ResNeXt, learnable or compact, or a module that contains one.
+
+    Returns:
+        One number a block; an empty list where there is none.
+
+    Examples:
+        >>> import timm
+        >>> block_groups(timm.create_model("test_g_resnext", groups=[1, 2, 4, 8]))
+        [1, 2, 4, 8]
+    """
     convs = [module.conv2 for module in model.modules() if isinstance(module, GroupableBottleneck)]
     return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in convs]

@@ -24,7 +24,7 @@ def complexity(model: nn.Module) -> Tensor:
         ValueError: If the model has no DGConv2d.
 
     Examples:
-        >>> float(complexity(nn.Sequential(DGConv2d(4, 4, 1), DGConv2d(2, 2, 1)))) <= 20
+        >>> complexity(nn.Sequential(DGConv2d(4, 4, 1), DGConv2d(2, 2, 1))).item() <= 20
         True
     """
     return torch.stack([layer.complexity() for layer in _layers(model)]).sum()
@@ -42,6 +42,12 @@ def freeze_groups(model: nn.Module, frozen: bool = True) -> None:
 
     Raises:
         ValueError: If the model has no DGConv2d.
+
+    Examples:
+        >>> conv = DGConv2d(64, 64, kernel_size=3)
+        >>> freeze_groups(conv)
+        >>> conv.gate.requires_grad, conv.weight.requires_grad
+        (False, True)
     """
     for layer in _layers(model):
         layer.gate.requires_grad_(not frozen)
