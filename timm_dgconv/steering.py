@@ -56,8 +56,8 @@ class ComplexityTerm:
             )
         self.weight = weight
         self.target = target
-        self.closed: list[list[bool]] | None = None
-        """Which gates were closed before the step that an optimizer is taking, for a target."""
+        self.before: list[list[float]] | None = None
+        """The gates before the step that an optimizer is taking, for a target."""
 
 
 _layers: Any = weakref.WeakSet()  # DGConv2d layers with a complexity_term
@@ -121,8 +121,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     parameters, steered = _steered(optimizer)
     for term, layers in steered:
-        if term.target is not None and term.closed is not None:
-            before, term.closed = term.closed, None
+        if term.target is not None and term.before is not None:
+            before, term.before = term.before, None
             _hold(layers, _free(layers, parameters), before, term.target)
 
 
@@ -138,9 +138,8 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
     free = _free(layers, parameters)
     chosen = None
     if term.target is not None:
-        values = [group_conv.values_on_host(layer.gate) for layer in layers]
-        term.closed = [_closed(gates) for gates in values]
-        chosen = _to_close(layers, values, term.closed, free, term.target)
+        term.before = [group_conv.values_on_host(layer.gate) for layer in layers]
+        chosen = _to_close(layers, term.before, free, term.target)
     for place, layer in enumerate(layers):
         gate = layer.gate
         if not free[place] or (chosen is not None and not any(chosen[place])) or _has_term(gate):
@@ -175,10 +174,10 @@ def _closed(gates: Sequence[float]) -> list[bool]:
     return [math.copysign(1, value) < 0 for value in gates]
 
 
-def _connections(layers: Sequence[Any], closed: Sequence[Sequence[bool]]) -> list[float]:
-    """Number of connections of each layer with these gates closed."""
+def _connections(layers: Sequence[Any], values: Sequence[Sequence[float]]) -> list[float]:
+    """Number of connections of each layer with these gates."""
     sizes = [layer.out_channels * layer.in_channels for layer in layers]
-    return [size * 0.5 ** sum(gates) for size, gates in zip(sizes, closed, strict=True)]
+    return [size * 0.5 ** sum(_closed(gates)) for size, gates in zip(sizes, values, strict=True)]
 
 
 def _most(layers: Sequence[Any], target: float) -> float:
@@ -187,51 +186,56 @@ def _most(layers: Sequence[Any], target: float) -> float:
 
 
 def _to_close(
-    layers: Sequence[Any],
-    values: Sequence[Sequence[float]],
-    closed: Sequence[Sequence[bool]],
-    free: Sequence[bool],
-    target: float,
+    layers: Sequence[Any], values: Sequence[Sequence[float]], free: Sequence[bool], target: float
 ) -> list[list[bool]]:
     """Which gates must close to take the layers to the target: of the open ones those nearest to zero.
 
-    Were it all gates, many would close before the momentum of an optimizer fades.
+    Were it all gates, many would close before the momentum of an optimizer fades. Where none is left that stays above
+    the target, and the network is more than `SLACK` above, one more must close: that which goes least below.
     """
-    connections = _connections(layers, closed)
-    excess = sum(connections) - _most(layers, target)
+    connections, most = _connections(layers, values), _most(layers, target)
+    excess = sum(connections) - most
     chosen = [[False] * len(gates) for gates in values]
     places = [
-        (n, k) for n, gates in enumerate(closed) for k, is_closed in enumerate(gates) if free[n] and not is_closed
+        (n, k) for n, gates in enumerate(map(_closed, values)) for k, bit in enumerate(gates) if free[n] and not bit
     ]
     for n, k in sorted(places, key=lambda place: (values[place[0]][place[1]], place)):
         saved = connections[n] / 2
         if saved <= excess:
             connections[n], excess, chosen[n][k] = saved, excess - saved, True
+    rest = [(connections[n], values[n][k], n, k) for n, k in places if not chosen[n][k]]
+    if rest and excess > SLACK * most:
+        *_, n, k = min(rest)
+        chosen[n][k] = True
     return chosen
 
 
 @torch.no_grad()
-def _hold(layers: Sequence[Any], free: Sequence[bool], before: Sequence[Sequence[bool]], target: float) -> None:
+def _hold(layers: Sequence[Any], free: Sequence[bool], before: Sequence[Sequence[float]], target: float) -> None:
     """Take back what a step has opened above the target, or closed more than `SLACK` below it.
 
     What the step has moved farthest beyond zero stays first. What is taken back is as far from zero on its old side.
     """
     values = [group_conv.values_on_host(layer.gate) for layer in layers]
-    back = [
-        (n, k)
-        for n, (was, now) in enumerate(zip(before, map(_closed, values), strict=True))
-        for k in range(len(was))
-        if free[n] and was[k] != now[k]
-    ]
-    back.sort(key=lambda place: (-abs(values[place[0]][place[1]]), place))
-    connections = _connections(layers, before)
-    total, most = sum(connections), _most(layers, target)
+    must_close = _to_close(layers, before, free, target)
+    closes = {
+        (n, k): bool(now)
+        for n, gates in enumerate(zip(map(_closed, before), map(_closed, values), strict=True))
+        for k, (was, now) in enumerate(zip(*gates, strict=True))
+        if free[n] and was != now
+    }
+    back = sorted(
+        closes, key=lambda place: (not must_close[place[0]][place[1]], -abs(values[place[0]][place[1]]), place)
+    )
+    connections, most = _connections(layers, before), _most(layers, target)
+    total = sum(connections)
     changed = bool(back)
     while changed:  # what opens makes room for what closes, and the other way round
         changed = False
         for n, k in list(back):
-            change = connections[n] if before[n][k] else -connections[n] / 2
-            if total + change <= most if change > 0 else total + change >= (1 - SLACK) * most:
+            change = -connections[n] / 2 if closes[n, k] else connections[n]
+            stays_inside = total + change >= (1 - SLACK) * most if closes[n, k] else total + change <= most
+            if must_close[n][k] or stays_inside:
                 connections[n] += change
                 total += change
                 back.remove((n, k))
