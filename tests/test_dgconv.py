@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
+import onnx
+import onnx.reference
 import pytest
 import torch
 from torch import nn
@@ -181,6 +184,24 @@ def test_script_and_export_survive_a_file() -> None:
     graph = torch.export.load(file).module()
     assert_close(graph(x), conv(x))
     assert graph(x.repeat(3, 1, 1, 1)).shape[0] == 6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx(dynamo: bool, dtype: torch.dtype, sort: bool, tmp_path: Path) -> None:
+    """Its operations have no sign bit; in half precision these gates are +-0.0."""
+    if dynamo and torch.__version__ < (2, 6):
+        pytest.skip("its exporter wants another onnxscript")
+    conv = conv_with(2, 12, 20, sort=sort).to(dtype).eval()
+    with torch.no_grad():
+        conv.gate[0].neg_()
+    x, path = torch.randn(2, 12, 6, 6).to(dtype), tmp_path / "conv.onnx"
+    torch.onnx.export(conv, (x,), path, dynamo=dynamo)
+    graph = onnx.reference.ReferenceEvaluator(str(path))
+    (output,) = graph.run(None, {graph.input_names[0]: x.numpy()})
+    assert_close(torch.from_numpy(output), conv(x).detach(), rtol=1e-2, atol=1e-2)
 
 
 def test_meta_device_and_dtype() -> None:

@@ -98,6 +98,10 @@ def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool =
                 [0., 0., 1., 1.],
                 [0., 0., 1., 1.]])
     """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    elif torch.onnx.is_in_onnx_export():  # torch.jit.script does not look at this branch
+        return _connectivity_in_onnx(gate, out_channels, in_channels, sort)
     num_codes = 1 << gate.shape[0]
     # Half precision is too coarse for the sums over channel pairs that are the gates' gradients.
     gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
@@ -116,6 +120,22 @@ def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool =
     out_codes = torch.arange(out_channels, device=gate.device) // (out_channels // num_codes)
     in_codes = torch.arange(in_channels, device=gate.device) // (in_channels // num_codes)
     return u[out_codes.unsqueeze(1) ^ in_codes]
+
+
+def _connectivity_in_onnx(gate: Tensor, out_channels: int, in_channels: int, sort: bool) -> Tensor:
+    """Values of `connectivity` in operations that ONNX has: it knows no sign bit, and torch puts -0.0 with the open."""
+    gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
+    closed = ((gate < 0) | (gate.reciprocal() < 0)).to(gate.dtype)
+    if sort:
+        closed = torch.sort(closed, dim=0, descending=True)[0]
+    num_codes = 1 << gate.shape[0]
+    codes = torch.arange(num_codes, dtype=gate.dtype, device=gate.device).unsqueeze(1)
+    group = torch.zeros_like(codes)  # the number that the closed bits of a code make
+    for k in range(gate.shape[0]):
+        place = num_codes >> k + 1
+        group = group + (codes / place).floor() % 2 * place * closed[k]
+    out_group, in_group = (group.expand(-1, c // num_codes).flatten() for c in (out_channels, in_channels))
+    return (out_group.unsqueeze(1) == in_group).to(gate.dtype)
 
 
 def complexity(gate: Tensor, out_channels: int, in_channels: int) -> Tensor:
