@@ -502,4 +502,8 @@ def _describe(model: nn.Module, folder: Path) -> None:
     """Write config.json and model card."""
     groups = card.fixed_groups(model)
     save_config_for_hf(model, folder / _CONFIG, model_args={"groups": groups} if groups else None)
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    # timm >= 1.0.31 has it there a second time, and transformers, which passes it itself, would pass it twice.
+    config.get("model_args", {}).pop("num_classes", None)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / _CARD).write_text(card.model_card(model), encoding="utf-8")
