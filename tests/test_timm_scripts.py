@@ -221,6 +221,51 @@ def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def load(file: Path) -> torch.nn.Module:
+    """A model with the weights of a file, all of them, as anybody loads it."""
+    import timm
+
+    return timm.create_model("test_g_resnext", num_classes=4, checkpoint_path=str(file)).eval()
+
+
+@pytest.mark.parametrize("name", ["averaged.pth", "averaged.safetensors"])
+def test_average_of_checkpoints(name: str, trained: Run, tmp_path: Path) -> None:
+    checkpoints = [trained.folder / f"checkpoint-{epoch}.pth.tar" for epoch in range(2)]
+    weights = [torch.load(file, weights_only=False)["state_dict_ema"] for file in checkpoints]
+    gates = [key for key in weights[0] if key.endswith("gate")]
+    assert not any(torch.equal(weights[0][key], weights[1][key]) for key in gates)
+    output = ["--output", tmp_path / name, *(["--safetensors"] if name.endswith("safetensors") else [])]
+    script("avg_checkpoints.py", "--input", trained.folder, "--filter", "checkpoint-*.pth.tar", *output)
+    averaged = load(tmp_path / name).state_dict()
+    for key in [*gates, "layer2.0.conv2.weight", "layer2.0.bn2.running_var"]:
+        expected = (weights[0][key].double() + weights[1][key].double()) / 2
+        torch.testing.assert_close(averaged[key].double(), expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_clean_checkpoint(safetensors: bool, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where it writes a temporary file
+    name = "clean.safetensors" if safetensors else "clean.pth"
+    options = ["--output", tmp_path / name, *(["--safetensors"] if safetensors else [])]
+    script("clean_checkpoint.py", "--checkpoint", trained.folder / "last.pth.tar", *options)
+    (file,) = tmp_path.iterdir()  # with a hash in its name
+    expected = torch.load(trained.folder / "last.pth.tar", weights_only=False)["state_dict_ema"]
+    torch.testing.assert_close(load(file).state_dict(), dict(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reparam", [False, True])
+def test_onnx_export(reparam: bool, trained: Run, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs what timm's onnx_export.py wrote")
+    checkpoint, file = trained.folder / "last.pth.tar", tmp_path / "model.onnx"
+    options = ["--model", "test_g_resnext", "--num-classes", "4", "--img-size", "64", "--checkpoint", checkpoint]
+    script("onnx_export.py", file, *options, "--check-forward", *(["--reparam"] if reparam else []))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for count in (1, 3):
+        x = torch.randn(count, 3, 64, 64)
+        (logits,) = session.run(None, {"input0": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), load(checkpoint)(x).detach(), rtol=1e-4, atol=1e-4)
+
+
 def test_original_checkpoint(original: tuple[Path, torch.Tensor, torch.Tensor], images: Path, tmp_path: Path) -> None:
     """The original release's file as it is, in the three ways that the scripts have for a file."""
     file, *_ = original
