@@ -6,7 +6,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+import platform
+from collections import Counter
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import timm
 import torch
 from hypothesis import settings
 from safetensors import safe_open
+from torch import nn
 
 # Time limits of single examples say more about the machine than about the code.
 settings.register_profile("timm-dgconv", deadline=None)
@@ -27,6 +31,39 @@ DATA = Path(__file__).parent / "data"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: "test_timm_suite" not in item.nodeid)
+
+
+CLIENT = "client"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of the other people's programs that were run, see test_clients.py."""
+    outcomes: dict[str, list[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            client = dict(report.user_properties).get(CLIENT)
+            if client is not None:
+                reason = report.longrepr[2].removeprefix("Skipped") if outcome == "skipped" else ""
+                outcomes.setdefault(client, []).append(outcome + reason)
+    if not outcomes:
+        return
+    versions = [f"{name} {installed(name)}" for name in ("timm-dgconv", "timm", "torch")]
+    terminalreporter.section(f"clients, {', '.join(versions)}, Python {platform.python_version()}")
+    rows = [("client", "version", "tests"), ("---", "---", "---")]
+    for client, found in sorted(outcomes.items()):
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(found).items())
+        rows.append((client, installed(client) or "", counts))
+    for row in rows:
+        terminalreporter.line(f"| {' | '.join(row)} |")
+
+
+def installed(distribution: str) -> str | None:
+    """The version that this environment has of a distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 Vectors = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]
@@ -63,6 +100,22 @@ def original_state_dict(model: torch.nn.Module, key0: int) -> dict[str, torch.Te
         if not name.endswith("num_batches_tracked")
     }
     return {name: original_value(name, shapes[name], key0 + n) for n, name in enumerate(sorted(shapes))}
+
+
+def trained(**kwargs: Any) -> nn.Module:
+    """A model with statistics and gates as after a training, still in training mode."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_g_resnext", **kwargs)
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 2)
+                module.bias.normal_(std=0.1)
+            if hasattr(module, "gate"):
+                module.gate.normal_()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
+from conftest import trained
 from timm.layers import BatchNormAct2d, BlurPool2d, FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
@@ -17,22 +17,6 @@ from torch.testing import assert_close
 from timm_dgconv import DGConv2d
 
 PLAIN = {"Conv2d", "Identity", "ReLU", "MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"}
-
-
-def trained(**kwargs: Any) -> nn.Module:
-    """A model with statistics and gates as after a training, still in training mode."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_g_resnext", **kwargs)
-    with torch.no_grad():
-        for module in model.modules():
-            if getattr(module, "running_mean", None) is not None:
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 2)
-                module.bias.normal_(std=0.1)
-            if isinstance(module, DGConv2d):
-                module.gate.normal_()
-    return model
 
 
 def kinds(model: nn.Module) -> set[str]:
