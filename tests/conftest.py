@@ -113,7 +113,7 @@ def trained(**kwargs: Any) -> nn.Module:
                 module.running_var.uniform_(0.5, 2)
                 module.weight.uniform_(0.5, 2)
                 module.bias.normal_(std=0.1)
-            if hasattr(module, "gate"):
+            if isinstance(getattr(module, "gate", None), nn.Parameter):
                 module.gate.normal_()
     return model
 
