@@ -2,7 +2,8 @@
 
     pip install -e ".[test,clients]" && pytest tests/test_clients.py -m ""
 
-Every program here is a function that runs in a process of its own, in which nobody has imported timm or this package.
+A program is a function that runs in a process of its own, in which nobody has imported timm or this package. Where models
+are exported and quantised, registration does not matter, and the test is the program.
 """
 
 import sys
@@ -31,7 +32,7 @@ def client(
     tmp_path: Path,
 ) -> None:
     """Skips where the client is missing; nothing from the Hub, nothing of ours but the entry point."""
-    from conftest import CLIENT, installed
+    from conftest import CLIENT, installed  # it imports timm, so not in new processes
 
     (name,) = request.node.get_closest_marker(CLIENT).args
     record_property(CLIENT, name)
