@@ -2,8 +2,8 @@
 
     pip install -e ".[test,clients]" && pytest tests/test_clients.py -m ""
 
-A program is a function that runs in a process of its own, in which nobody has imported timm or this package. Where models
-are exported and quantised, registration does not matter, and the test is the program.
+A program is a function that runs in a process of its own, in which nobody has imported timm or this package. Where
+models are exported and quantised registration does not matter, and the test is the program.
 """
 
 import sys
