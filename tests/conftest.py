@@ -7,10 +7,13 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import platform
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ import torch
 from hypothesis import settings
 from safetensors import safe_open
 from torch import nn
+
+from timm_dgconv import DGConv2d
 
 # Time limits of single examples say more about the machine than about the code.
 settings.register_profile("timm-dgconv", deadline=None)
@@ -64,6 +69,33 @@ def installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def gates(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [module.gate for module in model.modules() if isinstance(module, DGConv2d)]
+
+
+RANK = """
+import os, sys, torch, torch.distributed as dist
+
+rank, world, folder, *args = sys.argv[1:]
+rank, world = int(rank), int(world)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+"""
+
+
+def run_ranks(folder: Path, code: str, *args: str, world: int = 2) -> None:
+    """Run code in so many processes of a gloo group; it knows rank, world, folder and args."""
+    script = folder / "rank.py"
+    script.write_text(RANK + dedent(code) + "os._exit(0)  # gloo's destructor can wait for itself in torch 2.5\n")
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, script, str(rank), str(world), folder, *args] for rank in range(world)]
+    ranks = [subprocess.Popen(command, env=env) for command in commands]
+    try:
+        assert [rank.wait(timeout=400) for rank in ranks] == [0] * world
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 Vectors = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]

@@ -2,14 +2,11 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
+from conftest import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -265,37 +262,28 @@ def test_nan_gates_are_an_error() -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        dedent(
-            """
-            import os, sys, torch, torch.distributed as dist
-            from torch.nn.parallel import DistributedDataParallel
-            from timm_dgconv import DGConv2d
+    run_ranks(
+        tmp_path,
+        """
+        from torch.nn.parallel import DistributedDataParallel
+        from timm_dgconv import DGConv2d
 
-            rank, folder = int(sys.argv[1]), sys.argv[2]
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-            torch.manual_seed(rank)  # gates that the broadcast must replace
-            conv = DGConv2d(16, 16, 3, dtype=torch.float64)
-            model = DistributedDataParallel(conv)
-            x = torch.sin(torch.arange(4 * 16 * 25, dtype=torch.float64)).view(4, 16, 5, 5)
-            optimizer = torch.optim.SGD(model.parameters(), 0.1)
-            for _ in range(10):
-                optimizer.zero_grad()
-                model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-                grads = [p.grad.clone() for p in conv.parameters()]
-                whole = torch.autograd.grad(conv(x).square().mean(), list(conv.parameters()))
-                for grad, expected in zip(grads, whole):
-                    torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
-                optimizer.step()
-            torch.save(conv.gate.detach(), f"{folder}/gate{rank}.pt")
-            os._exit(0)  # gloo's destructor can wait for itself in torch 2.5
-            """
-        )
+        torch.manual_seed(rank)  # gates that the broadcast must replace
+        conv = DGConv2d(16, 16, 3, dtype=torch.float64)
+        model = DistributedDataParallel(conv)
+        x = torch.sin(torch.arange(4 * 16 * 25, dtype=torch.float64)).view(4, 16, 5, 5)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+            grads = [p.grad.clone() for p in conv.parameters()]
+            whole = torch.autograd.grad(conv(x).square().mean(), list(conv.parameters()))
+            for grad, expected in zip(grads, whole):
+                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+            optimizer.step()
+        torch.save(conv.gate.detach(), f"{folder}/gate{rank}.pt")
+        """,
     )
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=env) for rank in range(2)]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
     assert torch.equal(*(torch.load(tmp_path / f"gate{rank}.pt") for rank in range(2)))
 
 

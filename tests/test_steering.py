@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-import os
 import subprocess
 import sys
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import gates, run_ranks
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -33,10 +33,6 @@ def network(weight: float = WEIGHT, **kwargs: Any) -> nn.Module:
         for gate in gates(model):
             gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -0.5, 0.5))
     return model
-
-
-def gates(model: nn.Module) -> list[nn.Parameter]:
-    return [module.gate for module in model.modules() if isinstance(module, DGConv2d)]
 
 
 def loss_of(model: nn.Module, part: slice = slice(None)) -> torch.Tensor:
@@ -293,38 +289,30 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], words: li
 
 
 def test_distributed(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(
-        dedent(
-            """
-            import os, sys, timm, torch, torch.distributed as dist
-            from torch.nn.parallel import DistributedDataParallel
-            from timm_dgconv import DGConv2d, complexity
+    run_ranks(
+        tmp_path,
+        """
+        import timm
+        from torch.nn.parallel import DistributedDataParallel
+        from timm_dgconv import DGConv2d, complexity
 
-            rank, folder = int(sys.argv[1]), sys.argv[2]
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-            x = torch.sin(torch.arange(4 * 3 * 32 * 32.0)).view(4, 3, 32, 32)
-            moved = {}
-            for weight in (1e-4, 0):
-                torch.manual_seed(0)
-                model = timm.create_model("test_g_resnext", complexity_weight=weight).eval()
-                gates = [m.gate for m in model.modules() if isinstance(m, DGConv2d)]
-                parallel = DistributedDataParallel(model)
-                optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
-                term = torch.autograd.grad(complexity(model), gates)
-                parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-                optimizer.step()
-                moved[weight] = torch.cat([gate.detach() for gate in gates])
-            expected = -0.1 * 1e-4 * torch.cat(term)
-            torch.testing.assert_close(moved[1e-4] - moved[0], expected, rtol=1e-3, atol=1e-7)
-            torch.save(moved[1e-4], f"{folder}/gates{rank}.pt")
-            os._exit(0)  # gloo's destructor can wait for itself in torch 2.5
-            """
-        )
+        x = torch.sin(torch.arange(4 * 3 * 32 * 32.0)).view(4, 3, 32, 32)
+        moved = {}
+        for weight in (1e-4, 0):
+            torch.manual_seed(0)
+            model = timm.create_model("test_g_resnext", complexity_weight=weight).eval()
+            gates = [m.gate for m in model.modules() if isinstance(m, DGConv2d)]
+            parallel = DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(parallel.parameters(), 0.1)
+            term = torch.autograd.grad(complexity(model), gates)
+            parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+            optimizer.step()
+            moved[weight] = torch.cat([gate.detach() for gate in gates])
+        expected = -0.1 * 1e-4 * torch.cat(term)
+        torch.testing.assert_close(moved[1e-4] - moved[0], expected, rtol=1e-3, atol=1e-7)
+        torch.save(moved[1e-4], f"{folder}/gates{rank}.pt")
+        """,
     )
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path], env=env) for rank in range(2)]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
     assert torch.equal(*(torch.load(tmp_path / f"gates{rank}.pt") for rank in range(2)))
 
 

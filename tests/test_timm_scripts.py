@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +112,119 @@ def test_train_resumes(trained: Run, images: Path, tmp_path: Path) -> None:
     assert f"Loaded state_dict_ema from checkpoint '{last}'" in resumed.log
     assert list(resumed.epochs) == [2]
     assert resumed.epochs[2].loss < trained.epochs[0].loss
+
+
+# Runs a script as it is, and ends itself with SIGKILL at the n-th (from 0) of these: after a step of an optimizer,
+# before os.replace or os.link, or when a share of a checkpoint is written.
+KILLED = """
+    import io, itertools, os, runpy, signal, sys, torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    where, when, *sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    count, save = itertools.count(), torch.save
+
+    def die(*args):
+        if next(count) == int(when):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_share(state, path):
+        buffer = io.BytesIO()
+        save(state, buffer)
+        with open(path, "wb", buffering=0) as file:
+            start = int(float(where) * len(buffer.getvalue()))
+            file.write(buffer.getvalue()[:start])
+            die()
+            file.write(buffer.getvalue()[start:])
+
+    if where == "step":
+        register_optimizer_step_post_hook(die)
+    elif where in ("replace", "link"):
+        real = getattr(os, where)
+        setattr(os, where, lambda *args: die() or real(*args))
+    else:
+        torch.save = write_share
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# Runs a script as it is, and saves what it has restored, before the first step, where the first argument says.
+RESTORED = """
+    import os, runpy, sys
+
+    path, *sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    from timm.utils import CheckpointSaver
+
+    class Saver(CheckpointSaver):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._save(path, 0)
+
+    import timm.utils
+    timm.utils.CheckpointSaver = Saver
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "when", "files", "resumes"),
+    [
+        ("step", 6, ["checkpoint-0", "last", "model_best"], "last"),  # in the middle of the second of three epochs
+        pytest.param("0", 1, ["checkpoint-0", "last", "model_best", "tmp"], "last", marks=pytest.mark.slow),
+        ("0.5", 1, ["checkpoint-0", "last", "model_best", "tmp"], "last"),  # half of its second checkpoint is there
+        pytest.param("0.999", 1, ["checkpoint-0", "last", "model_best", "tmp"], "last", marks=pytest.mark.slow),
+        # The old file is away, and the new one, which is whole, has not its name yet.
+        pytest.param("replace", 1, ["checkpoint-0", "model_best", "tmp"], "checkpoint-0", marks=pytest.mark.slow),
+        # The new one has one of its names; the first epoch made two.
+        pytest.param("link", 2, ["checkpoint-0", "last", "model_best"], "last", marks=pytest.mark.slow),
+    ],
+)
+def test_killed(where: str, when: int, files: list[str], resumes: str, images: Path, tmp_path: Path) -> None:
+    """Every file but tmp.pth.tar is whole, and train.py goes on from it: gates, momentum and average, too."""
+    steered = ["complexity_weight=1e-4", "complexity_target=0.2"]
+    args = [
+        "--data-dir",
+        images,
+        "--output",
+        tmp_path,
+        *TINY[:4],
+        *steered,
+        *DATA,
+        *CPU,
+        *TRAIN,
+        *EMA,
+        "--opt",
+        "momentum",
+    ]
+    run = [SCRIPTS / "train.py", *args, "--epochs", "3"]
+    command = [sys.executable, "-c", dedent(KILLED), where, str(when), *run, "--experiment", "killed"]
+    killed = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-5000:]
+    names = [name.removesuffix(".pth.tar") for name in os.listdir(tmp_path / "killed") if name.endswith(".pth.tar")]
+    assert sorted(names) == files
+    whole = {
+        name: torch.load(tmp_path / "killed" / f"{name}.pth.tar", weights_only=False)
+        for name in files
+        if name != "tmp" or where == "replace"
+    }
+    saved = whole[resumes]
+    assert saved["epoch"] == (1 if where == "link" else 0)
+
+    last = tmp_path / "killed" / f"{resumes}.pth.tar"
+    restored = tmp_path / "restored.pt"
+    command = [sys.executable, "-c", dedent(RESTORED), restored, *run, "--experiment", "on", "--resume", last]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert [int(row["epoch"]) for row in read_csv(tmp_path / "on" / "summary.csv")] == [*range(saved["epoch"] + 1, 3)]
+    found = torch.load(restored, weights_only=False)
+    assert any(name.endswith("gate") for name in found["state_dict"])
+    assert len(found["optimizer"]["state"]) == len(saved["optimizer"]["state"]) > 0
+    assert all("momentum_buffer" in state for state in found["optimizer"]["state"].values())
+    torch.testing.assert_close(found["optimizer"]["state"], saved["optimizer"]["state"], rtol=0, atol=0)
+    for weights in ("state_dict", "state_dict_ema"):
+        torch.testing.assert_close(found[weights], saved[weights], rtol=0, atol=0)
+    gates = [name for name in saved["state_dict"] if name.endswith("gate")]
+    assert not any(torch.equal(saved["state_dict"][name], saved["state_dict_ema"][name]) for name in gates)
 
 
 @pytest.mark.parametrize(

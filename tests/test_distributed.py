@@ -1,0 +1,96 @@
+"""Several processes: the same gates in all of them after every step, and the training of one."""
+
+from pathlib import Path
+
+import pytest
+from conftest import run_ranks
+
+PARALLEL = """
+    import contextlib, copy, timm
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    from timm_dgconv import DGConv2d
+
+    options = {
+        "plain": dict(),
+        "unused": dict(find_unused_parameters=True),
+        "static": dict(static_graph=True),
+        "views": dict(gradient_as_bucket_view=True, bucket_cap_mb=0.05),  # several buckets
+        "accumulated": dict(gradient_as_bucket_view=True),
+    }
+
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = timm.create_model(
+                "test_g_resnext", num_classes=3, zero_init_last=False, complexity_weight=1e-4, complexity_target=0.15
+            )
+            self.early = nn.Linear(192, 3)
+
+        def forward(self, x, late, early):
+            for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3"):
+                x = self.body.get_submodule(name)(x)
+            y = self.early(x.mean((2, 3))) if early else 0
+            return y + self.body.forward_head(self.body.layer4(x)) if late else y
+
+    def loss_of(model, batch, rank):
+        random = torch.Generator().manual_seed(world * batch + rank)
+        x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=random)
+        late = kind != "unused" or (batch + rank) % 3 > 0  # parameters that one process uses, and another does not
+        early = kind != "unused" or batch % 2 == 0
+        return nn.functional.cross_entropy(model(x, late, early or not late), torch.arange(2) + batch % 2)
+
+    (kind,) = args
+    torch.manual_seed(rank)  # values that the broadcast must replace
+    model = TwoHeads().double().eval()
+    gates = [module.gate for module in model.modules() if isinstance(module, DGConv2d)]
+    with torch.no_grad():
+        for gate in gates:
+            gate.mul_(1e6)  # 0.01 from zero
+    parallel = DistributedDataParallel(model, **options[kind])
+    alone = copy.deepcopy(model) if rank == 0 else None
+    models = [parallel, alone] if rank == 0 else [parallel]
+    optimizers = [torch.optim.SGD(m.parameters(), 0.02, momentum=0.9, weight_decay=1e-4) for m in models]
+    times = 2 if kind == "accumulated" else 1
+    flipped = 0
+    for step in range(100):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for batch in range(times * step, times * step + times):
+            last = batch == times * step + times - 1
+            with contextlib.nullcontext() if last else parallel.no_sync():
+                (loss_of(parallel, batch, rank) / times).backward()
+            for other in range(world if rank == 0 else 0):
+                (loss_of(alone, batch, other) / (times * world)).backward()
+        if rank == 0:
+            for p, expected in zip(model.parameters(), alone.parameters()):
+                grad = 0 * p if p.grad is None else p.grad
+                expected = 0 * p if expected.grad is None else expected.grad
+                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+        before = torch.cat(gates).signbit()
+        for optimizer in optimizers:
+            optimizer.step()
+        now = torch.cat(gates).detach()
+        flipped += int((now.signbit() != before).sum())
+        of_all = [torch.empty_like(now) for _ in range(world)]
+        dist.all_gather(of_all, now)
+        assert all(torch.equal(now, other) for other in of_all)
+    assert flipped > 10, flipped
+    if rank == 0:
+        for p, expected in zip(model.parameters(), alone.parameters()):
+            torch.testing.assert_close(p, expected, rtol=1e-10, atol=1e-10)
+    """
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        ("plain", 2),
+        *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("unused", "static", "views", "accumulated")),
+        pytest.param("plain", 4, marks=pytest.mark.slow),
+        pytest.param("unused", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_hundred_steps(kind: str, world: int, tmp_path: Path) -> None:
+    """Gates near zero, with the complexity term and a target: gradients, gates and all parameters as in one process."""
+    run_ranks(tmp_path, PARALLEL, kind, world=world)
