@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run_ranks
+
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 PARALLEL = """
     import contextlib, copy, timm
@@ -94,3 +97,84 @@ PARALLEL = """
 def test_hundred_steps(kind: str, world: int, tmp_path: Path) -> None:
     """Gates near zero, with the complexity term and a target: gradients, gates and all parameters as in one process."""
     run_ranks(tmp_path, PARALLEL, kind, world=world)
+
+
+SHARDED = """
+    import contextlib, copy, timm
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from timm_dgconv import DGConv2d, complexity
+
+    kind, wanted = args
+    torch.manual_seed(0)
+    weight = 0.0 if wanted == "plain" else 1e-4
+    model = timm.create_model("test_g_resnext", num_classes=3, zero_init_last=False, complexity_weight=weight)
+    model = model.double().eval()
+    names = [name for name, _ in model.named_parameters() if name.endswith("gate")]
+    gates = [model.get_parameter(name) for name in names]
+    with torch.no_grad():
+        for gate in gates:
+            gate.mul_(1e5)  # 0.001 from zero
+    alone = copy.deepcopy(model)
+    if kind == "fully_shard":
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world,))
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4, model):
+            fully_shard(stage, mesh=mesh)
+        sharded = model
+    else:
+        ignored = dict(ignored_states=gates) if kind == "ignored" else {}
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **ignored)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (sharded, alone)]
+    flipped = 0
+    for step in range(10):
+        x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        y = torch.arange(4) % 3
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        mine = slice(2 * rank, 2 * rank + 2)
+        nn.functional.cross_entropy(sharded(x[mine]), y[mine]).backward()
+        nn.functional.cross_entropy(alone(x), y).backward()
+        if kind == "ignored":  # FSDP leaves their gradients alone
+            for gate in gates:
+                dist.all_reduce(gate.grad)
+                gate.grad /= world
+        before = torch.cat([alone.get_parameter(name) for name in names]).signbit()
+        try:
+            optimizers[0].step()
+        except RuntimeError as error:
+            assert wanted == "error", error
+            assert "finds 0 of the" in str(error) and "FSDP" in str(error)
+            break
+        optimizers[1].step()
+        flipped += int((torch.cat([alone.get_parameter(name) for name in names]).signbit() != before).sum())
+    else:
+        assert wanted != "error"
+        assert flipped > 0
+        gathered = FullyShardedDataParallel.summon_full_params
+        with contextlib.nullcontext() if kind == "fully_shard" else gathered(sharded):
+            for name, p in sharded.named_parameters():
+                p = p.full_tensor() if kind == "fully_shard" else p
+                expected = alone.get_parameter(name.replace("_fsdp_wrapped_module.", ""))
+                torch.testing.assert_close(p.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+    """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("flat", "plain"),  # FullyShardedDataParallel
+        ("flat", "error"),  # a complexity_weight needs whole gates
+        ("ignored", "steered"),
+        ("fully_shard", "plain"),
+        ("fully_shard", "steered"),
+    ],
+)
+def test_sharded(kind: str, wanted: str, tmp_path: Path) -> None:
+    """Parameters as in one process, also with a complexity_weight; or a clear error."""
+    if kind == "fully_shard" and TORCH < (2, 7):
+        pytest.skip("fully_shard needs CUDA before torch 2.7")
+    run_ranks(tmp_path, SHARDED, kind, wanted)

@@ -181,22 +181,9 @@ RESTORED = """
 )
 def test_killed(where: str, when: int, files: list[str], resumes: str, images: Path, tmp_path: Path) -> None:
     """Every file but tmp.pth.tar is whole, and train.py goes on from it: gates, momentum and average, too."""
-    steered = ["complexity_weight=1e-4", "complexity_target=0.2"]
-    args = [
-        "--data-dir",
-        images,
-        "--output",
-        tmp_path,
-        *TINY[:4],
-        *steered,
-        *DATA,
-        *CPU,
-        *TRAIN,
-        *EMA,
-        "--opt",
-        "momentum",
-    ]
-    run = [SCRIPTS / "train.py", *args, "--epochs", "3"]
+    model = [*TINY[:4], "complexity_weight=1e-4", "complexity_target=0.2", *DATA, *CPU]
+    options = [*TRAIN, *EMA, "--opt", "momentum", "--epochs", "3"]
+    run = [SCRIPTS / "train.py", "--data-dir", images, "--output", tmp_path, *model, *options]
     command = [sys.executable, "-c", dedent(KILLED), where, str(when), *run, "--experiment", "killed"]
     killed = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-5000:]
