@@ -306,6 +306,32 @@ def test_complexity_weight(accumulated: str, images: Path, tmp_path: Path) -> No
         torch.testing.assert_close(stepped[0][name] - stepped[1][name], -lr * weight * term, rtol=2e-2, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_average_of_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The sign of the average gate decides; the average of opposites is 0.0, which is open."""
+    import timm
+
+    from timm_dgconv import DGConv2d
+
+    models = [timm.create_model("test_g_resnext", num_classes=4).to(dtype) for _ in range(2)]
+    for sign, model in zip((1, -1), models, strict=True):
+        with torch.no_grad():
+            model.layer1[0].conv2.gate.copy_(torch.tensor([3.0, -1.0, 1.0, -3.0]) + sign * 2)  # 2 and 8 groups
+            model.layer2[0].conv2.gate.fill_(sign * 1e-8)
+            model.layer3[0].conv2.gate.fill_(-1e-8)
+    for number, model in enumerate(models):
+        torch.save({"state_dict": model.state_dict()}, tmp_path / f"checkpoint-{number}.pth.tar")
+    averaged = tmp_path / "averaged.pth"
+    script("avg_checkpoints.py", "--input", tmp_path, "--no-sort", "--output", averaged)
+    model = timm.create_model("test_g_resnext", num_classes=4, checkpoint_path=str(averaged))
+    for name, value in model.named_parameters():
+        mean = sum(other.get_parameter(name).double() for other in models) / 2
+        torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-9)
+    convs = [module for module in model.modules() if isinstance(module, DGConv2d)]
+    assert [conv.num_groups for conv in convs[:3]] == [4, 1, 16]
+    assert model.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
 def test_inspect(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The checkpoints of a run, in order."""
     from timm_dgconv.cli import main

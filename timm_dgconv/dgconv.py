@@ -29,6 +29,10 @@ class DGConv2d(nn.Conv2d):
     are connected; a gate is open where its sign bit is clear. With m closed gates the layer computes a group
     convolution with 2^m groups. Gates are binarised in the forward pass and trained straight-through.
 
+    An average of such layers (exponential, stochastic, of checkpoints) averages the gates as numbers, and the sign of
+    that decides: 0.0 is open, and the groups may be those of none of the averaged layers. Float16 rounds the initial
+    gates to zeros, whose signs an average does not keep.
+
     Args:
         in_channels: Number of input channels C_in.
         out_channels: Number of output channels C_out; both must be even.
