@@ -13,8 +13,9 @@ import pytest
 import timm
 import torch
 from conftest import gates
+from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import ModelEmaV3
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils._pytree import tree_flatten
@@ -120,6 +121,26 @@ def test_resumed_as_if_uninterrupted(names: list[str], tmp_path: Path) -> None:
 def test_the_term_is_the_models_not_the_checkpoints(tmp_path: Path) -> None:
     ((whole, resumed),) = ends_after_resuming(tmp_path, ["momentum"], weight=0.0)
     assert bits_of(whole) != bits_of(resumed)
+
+
+def test_frozen_from_a_checkpoint_on(tmp_path: Path) -> None:
+    """Timm's optimizers leave frozen gates out, so torch refuses the state of one that had them."""
+    model = network()
+    optimizer = create_optimizer_v2(model, opt="momentum", lr=0.05, weight_decay=0.01)
+    loss_of(model).backward()
+    optimizer.step()
+    CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path)).save_checkpoint(0)
+    file = str(tmp_path / "last.pth.tar")
+    resumed = network(freeze_groups=True)
+    optimizer = create_optimizer_v2(resumed, opt="momentum", lr=0.05, weight_decay=0.01)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        resume_checkpoint(resumed, file, optimizer)
+    optimizer = create_optimizer_v2(resumed, opt="momentum", lr=0.05, weight_decay=0.01)
+    assert resume_checkpoint(resumed, file) == 1
+    loss_of(resumed).backward()
+    optimizer.step()
+    assert bits_of(gates(resumed)) == bits_of(gates(model))
+    assert not torch.equal(convs(resumed)[0].weight, convs(model)[0].weight)
 
 
 # Averages
@@ -228,9 +249,16 @@ def test_average_of_the_same_and_of_opposites(
     start = torch.cat(gates(model))
     same = torch.cat(gates(average([model] * 4)))
     assert torch.equal(same.signbit(), start.signbit())
-    opposite = torch.cat(gates(average([model, other(model, torch.neg)])))
+    averaged = average([model, other(model, torch.neg)]).eval()
+    opposite = torch.cat(gates(averaged))
     assert not opposite.any()
     assert not opposite.signbit().any()
+    x = torch.randn(2, 3, 32, 32).to(dtype)
+    y = averaged(x)
+    with torch.no_grad():
+        for gate in gates(averaged):
+            gate.fill_(1.0)
+    assert torch.equal(averaged(x), y)
 
 
 def test_average_goes_on() -> None:
