@@ -109,7 +109,13 @@ SHARDED = """
     kind, wanted = args
     torch.manual_seed(0)
     weight = 0.0 if wanted == "plain" else 1e-4
-    model = timm.create_model("test_g_resnext", num_classes=3, zero_init_last=False, complexity_weight=weight)
+    model = timm.create_model(
+        "test_g_resnext",
+        num_classes=3,
+        zero_init_last=False,
+        complexity_weight=weight,
+        complexity_target=0.1 if kind == "fully_shard" and wanted == "error" else None,
+    )
     model = model.double().eval()
     names = [name for name, _ in model.named_parameters() if name.endswith("gate")]
     gates = [model.get_parameter(name) for name in names]
@@ -146,7 +152,8 @@ SHARDED = """
             optimizers[0].step()
         except RuntimeError as error:
             assert wanted == "error", error
-            assert "finds 0 of the" in str(error) and "FSDP" in str(error)
+            assert "finds 0 of the" in str(error) or "complexity_target needs all gates" in str(error)
+            assert "fully_shard" in str(error)
             break
         optimizers[1].step()
         flipped += int((torch.cat([alone.get_parameter(name) for name in names]).signbit() != before).sum())
@@ -170,6 +177,7 @@ SHARDED = """
         ("flat", "error"),  # a complexity_weight needs whole gates
         ("ignored", "steered"),
         ("fully_shard", "plain"),
+        ("fully_shard", "error"),  # a complexity_target does
         ("fully_shard", "steered"),
     ],
 )

@@ -121,6 +121,20 @@ def test_every_step_has_the_term_once() -> None:
                 torch.testing.assert_close(gate.grad, before + WEIGHT * term)
 
 
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_gradients_that_are_views_of_one_tensor(optimizer: str) -> None:
+    """As those of DistributedDataParallel(gradient_as_bucket_view=True), which count their versions together."""
+    model = network()
+    opt = OPTIMIZERS[optimizer](model)
+    bucket = torch.zeros(sum(gate.numel() for gate in gates(model)))
+    for gate, view in zip(gates(model), bucket.split([gate.numel() for gate in gates(model)]), strict=True):
+        gate.grad = view
+    for _ in range(2):  # the second without a new gradient
+        expected = WEIGHT * torch.cat(gradient(model)) if not bucket.any() else bucket.clone()
+        opt.step()
+        torch.testing.assert_close(bucket, expected)
+
+
 def test_gates_that_the_loss_does_not_reach() -> None:
     model = network()
     before = [gate.detach().clone() for gate in gates(model)]
@@ -171,7 +185,7 @@ def test_sharded_gates_are_refused() -> None:
     conv = DGConv2d(16, 16, 1)
     steer(conv, 1e-7)
     conv.gate = nn.Parameter(conv.gate.detach()[:2])
-    with pytest.raises(RuntimeError, match=r"2 of the 4 gates .*FSDP"):
+    with pytest.raises(RuntimeError, match=r"2 of the 4 gates .*fully_shard"):
         torch.optim.SGD([conv.gate], 1.0).step()
 
 
@@ -392,3 +406,34 @@ def test_a_network_below_the_target_goes_no_further() -> None:
     assert group_report(model).share == share < 0.9
     for gate in gates(model):
         torch.testing.assert_close(gate.abs(), torch.linspace(-0.3, 0.3, len(gate)).sub(1).abs())
+
+
+def test_lookahead_opens_nothing_above_the_target() -> None:
+    """Nor does what goes around the step of another optimizer: here an average with gates of some steps before."""
+    model = network(complexity_target=0.1)
+    optimizer = create_optimizer_v2(gates(model), opt="lookahead_momentum", lr=0.2, weight_decay=0.0)
+    share = group_report(model).share
+    for _ in range(60):
+        for gate in gates(model):
+            gate.grad = torch.randn_like(gate)
+        optimizer.step()
+        assert group_report(model).share <= max(0.1, share)
+        share = group_report(model).share
+
+
+@pytest.mark.parametrize("target", [0.1, 0.25])
+def test_a_step_of_several_closures_opens_nothing_above_the_target(target: float) -> None:
+    model = network(complexity_target=target)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(-torch.rand_like(gate))  # all closed
+    optimizer = torch.optim.LBFGS(gates(model), LR, max_iter=5)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum((gate - 2).square().sum() for gate in gates(model))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # would open all
+    assert target / 2 < group_report(model).share <= target

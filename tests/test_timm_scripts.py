@@ -357,7 +357,7 @@ def load(file: Path) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ["averaged.pth", "averaged.safetensors"])
-def test_average_of_checkpoints(name: str, trained: Run, tmp_path: Path) -> None:
+def test_average_of_a_run(name: str, trained: Run, tmp_path: Path) -> None:
     checkpoints = [trained.folder / f"checkpoint-{epoch}.pth.tar" for epoch in range(2)]
     weights = [torch.load(file, weights_only=False)["state_dict_ema"] for file in checkpoints]
     gates = [key for key in weights[0] if key.endswith("gate")]

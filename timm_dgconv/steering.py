@@ -56,8 +56,8 @@ class ComplexityTerm:
             )
         self.weight = weight
         self.target = target
-        self.before: list[list[float]] | None = None
-        """The gates before the step that an optimizer is taking, for a target."""
+        self.before: dict[int, list[list[float]]] = {}
+        """The gates before the steps that optimizers (by id) are taking, for a target; one can call another."""
 
 
 _layers: Any = weakref.WeakSet()  # DGConv2d layers with a complexity_term
@@ -98,10 +98,19 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     parameters, steered = _steered(optimizer)
     if not steered:
         return None
+    for term, layers in steered:
+        if term.target is not None:
+            term.before[id(optimizer)] = _values(layers)
 
     def add() -> None:
+        gates = [layer.gate for _, layers in steered for layer in layers]
+        done = {id(gate) for gate in gates if _has_term(gate)}
         for term, layers in steered:
-            _add(term, layers, parameters, getattr(optimizer, "grad_scale", None))
+            _add(term, layers, parameters, done, getattr(optimizer, "grad_scale", None))
+        # Only now: gradients that are views of one bucket (DistributedDataParallel) count their versions together.
+        for gate in gates:
+            if id(gate) in done:
+                gate.grad._version_with_term = gate.grad._version
 
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
@@ -121,33 +130,36 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     parameters, steered = _steered(optimizer)
     for term, layers in steered:
-        if term.target is not None and term.before is not None:
-            before, term.before = term.before, None
+        before = term.before.pop(id(optimizer), None)
+        if term.target is not None and before is not None:
             _hold(layers, _free(layers, parameters), before, term.target)
 
 
-def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad_scale: Tensor | None) -> None:
+def _add(
+    term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], done: set[int], grad_scale: Tensor | None
+) -> None:
     """Add the term to the gates among these parameters.
 
     Args:
         term: Weight and target.
         layers: All layers that share them, in the order of the model.
         parameters: Ids of the optimizer's parameters.
+        done: Ids of the gates whose gradients have the term; the others are added.
         grad_scale: By what the gradients are still multiplied, where a fused optimizer unscales them itself.
     """
     free = _free(layers, parameters)
     chosen = None
     if term.target is not None:
-        term.before = [group_conv.values_on_host(layer.gate) for layer in layers]
-        chosen = _to_close(layers, term.before, free, term.target)
+        chosen = _to_close(layers, _values(layers), free, term.target)
     for place, layer in enumerate(layers):
         gate = layer.gate
-        if not free[place] or (chosen is not None and not any(chosen[place])) or _has_term(gate):
+        if not free[place] or (chosen is not None and not any(chosen[place])) or id(gate) in done:
             continue
         if gate.numel() != (num_bits := grouping.num_bits(layer.in_channels, layer.out_channels)):
             raise RuntimeError(
-                f"complexity_weight finds {gate.numel()} of the {num_bits} gates of a DGConv2d in this process; keep "
-                "gates out of sharding (FSDP: ignored_states), or add timm_dgconv.complexity(model) to the loss"
+                f"complexity_weight finds {gate.numel()} of the {num_bits} gates of a DGConv2d in this process; shard "
+                "with torch.distributed.fsdp.fully_shard instead of FullyShardedDataParallel, or leave it out and add "
+                "timm_dgconv.complexity(model) to the loss"
             )
         # In single precision at least: float16 ends below the number of connections of a layer.
         leaf = gate.detach().to(torch.promote_types(gate.dtype, torch.float32)).requires_grad_()
@@ -163,7 +175,17 @@ def _add(term: ComplexityTerm, layers: Sequence[Any], parameters: set[int], grad
                 gate.grad = gradient
             else:
                 gate.grad.add_(gradient)
-        gate.grad._version_with_term = gate.grad._version
+        done.add(id(gate))
+
+
+def _values(layers: Sequence[Any]) -> list[list[float]]:
+    """The gates of the layers, on the host."""
+    if any(hasattr(layer.gate, "full_tensor") for layer in layers):  # DTensor: other processes have some of the values
+        raise RuntimeError(
+            "complexity_target needs all gates in each process, and fully_shard has sharded them; leave the target "
+            "out, or train with DistributedDataParallel"
+        )
+    return [group_conv.values_on_host(layer.gate) for layer in layers]
 
 
 def _free(layers: Sequence[Any], parameters: set[int]) -> list[bool]:
@@ -216,7 +238,7 @@ def _hold(layers: Sequence[Any], free: Sequence[bool], before: Sequence[Sequence
 
     What the step has moved farthest beyond zero stays first. What is taken back is as far from zero on its old side.
     """
-    values = [group_conv.values_on_host(layer.gate) for layer in layers]
+    values = _values(layers)
     must_close = _to_close(layers, before, free, target)
     closes = {
         (n, k): bool(now)
