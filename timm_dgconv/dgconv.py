@@ -10,6 +10,7 @@ from torch.nn.common_types import _size_2_t
 
 from timm_dgconv import group_conv, grouping, steering
 from timm_dgconv.grouping import connectivity
+from timm_dgconv.loading import LoadsWhole
 
 # One node in a torch.fx graph: its shapes do not depend on the input.
 torch.fx.wrap("connectivity")
@@ -22,7 +23,7 @@ the first step moves half of them (benchmarks/results/gate_margin.md).
 """
 
 
-class DGConv2d(nn.Conv2d):
+class DGConv2d(LoadsWhole, nn.Conv2d):
     """Dynamic grouping convolution (DGConv, https://arxiv.org/abs/1908.05867): it learns its number of groups.
 
     One gate for every power of two in the channel counts says whether channels that differ in that bit of their number
@@ -167,7 +168,10 @@ class DGConv2d(nn.Conv2d):
         for name in ("D", "I"):  # its constants: a 2x2 identity and ones
             state_dict.pop(f"{prefix}{name}", None)
 
-        gate, weight = state_dict.get(f"{prefix}gate"), state_dict.get(f"{prefix}weight")
+        found = {name: state_dict[f"{prefix}{name}"] for name in ("gate", "weight") if f"{prefix}{name}" in state_dict}
+        if not all(isinstance(value, Tensor) for value in found.values()):
+            return  # torch says so
+        gate, weight = found.get("gate"), found.get("weight")
         if gate is not None and gate.shape != self.gate.shape:
             raise ValueError(
                 f"the checkpoint has {gate.numel()} gates of shape {tuple(gate.shape)}, expected {self.gate.numel()} "

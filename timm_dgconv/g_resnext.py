@@ -33,6 +33,7 @@ from timm_dgconv import regularizer
 from timm_dgconv.dgconv import DGConv2d
 from timm_dgconv.digest import check_download
 from timm_dgconv.fold import fold_norm, fold_norms, neighbours, to_group_convolution
+from timm_dgconv.loading import LoadsWhole
 
 __all__ = ["GResNeXt", "GroupableBottleneck"]
 
@@ -125,7 +126,7 @@ def _fixed_blocks(groups: Sequence[int], num_blocks: int) -> Callable[..., Group
     return block
 
 
-class GResNeXt(ResNet):
+class GResNeXt(LoadsWhole, ResNet):
     """A timm ResNet of GroupableBottleneck blocks."""
 
     def __init__(
