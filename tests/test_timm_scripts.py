@@ -438,3 +438,12 @@ def test_train_on_cuda(images: Path, tmp_path: Path) -> None:
     run = train(images, tmp_path / "run", *TINY, *cuda, *TRAIN, "--epochs", "1")
     assert list(run.epochs) == [0]
     assert np.isfinite(run.epochs[0].loss)
+
+
+@pytest.mark.parametrize("steering", [[], ["complexity_weight=1e-4", "complexity_target=0.1"]], ids=["free", "steered"])
+def test_train_stops_when_it_diverges(images: Path, tmp_path: Path, steering: list[str]) -> None:
+    """With one line at the end that says why, rather than going on densely or without groups."""
+    kwargs = ["--model-kwargs", "zero_init_last=False", *steering]
+    args = ["--model", "test_g_resnext", *kwargs, *DATA, *CPU, *TRAIN, "--lr", "1e30", "--epochs", "3"]
+    result = script("train.py", "--data-dir", images, "--output", tmp_path, *args, fails=True)
+    assert re.search(r"RuntimeError: gates of a DGConv2d are nan: .*diverged", result.stderr.strip().splitlines()[-1])

@@ -134,8 +134,8 @@ class DGConv2d(LoadsWhole, nn.Conv2d):
 
     @property
     def num_groups(self) -> int:
-        """Number of groups now; reads the gates on the host."""
-        return grouping.num_groups(self.gate)
+        """Number of groups now; reads the gates on the host, and raises RuntimeError if one is nan."""
+        return 1 << sum(group_conv.closed_on_host(self.gate.detach()))
 
     def connectivity(self) -> Tensor:
         """The 0/1 matrix U of shape (C_out, C_in), 1 where an input channel feeds an output channel.
@@ -219,8 +219,10 @@ class DGConv2d(LoadsWhole, nn.Conv2d):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._masked_dense(input)
         else:  # torch.jit.script does not look at this branch
-            known = group_conv.is_supported(input, self.weight, self.gate)
-            return self._grouped(input) if known else self._masked_dense(input)
+            if group_conv.is_supported(input, self.weight, self.gate):
+                return self._grouped(input)
+            group_conv.refuse_nan(self.gate)
+            return self._masked_dense(input)
 
     def _masked_dense(self, input: Tensor) -> Tensor:
         """The form in which the open set is data: for graphs that outlive it."""

@@ -78,7 +78,29 @@ def is_supported(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
         return not exporting and (input.device.type == "cpu" or _UNSAFE_IN_CUDA_GRAPHS != ())
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False  # torch.func and forward-mode gradients need a form that torch differentiates itself
-    return not (input.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not _is_capturing(input)
+
+
+def refuse_nan(gate: Tensor) -> None:
+    """Raise for nan gates where their values are at hand; in a graph that outlives them, nan goes on to the output.
+
+    Raises:
+        RuntimeError: If a gate is nan.
+    """
+    if not isinstance(gate, Tensor) or torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(gate):
+        gate = functorch.get_unwrapped(gate)
+    if type(gate) in (Tensor, torch.nn.Parameter) and gate.device.type in ("cpu", "cuda") and not _is_capturing(gate):
+        with torch._C._DisableFuncTorch():
+            _closed(values_on_host(gate if gate.ndim == 1 else gate.detach().flatten()))
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def dgconv2d(
@@ -109,12 +131,25 @@ def dgconv2d(
         Output of shape (N, C_out, H_out, W_out).
 
     Raises:
-        RuntimeError: If a gate is nan.
+        RuntimeError: If a gate is nan, or input and weight are not of one dtype.
     """
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device_type))
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        input_dtype, weight_dtype = (dtype if _is_cast(t) else t.dtype for t in (input, weight))
+        input = input.to(input_dtype)
+    else:
+        input_dtype, weight_dtype = input.dtype, weight.dtype
+    if input_dtype != weight_dtype:
+        raise RuntimeError(
+            f"input is {input.dtype} and weight {weight.dtype}; they must be of one dtype: cast the input, or the model"
+        )
     return torch.ops.timm_dgconv.dgconv2d(input, weight, bias, gate, stride, padding, dilation, sort, spans)
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Whether autocast casts it."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
 # What is open, on the host.
@@ -511,6 +546,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     input, weight, bias, gate = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_gate, *others = ctx.needs_input_grad
     if torch.is_grad_enabled():  # create_graph: the masked dense form can be differentiated again
+        refuse_nan(gate)
         return (*_differentiable_gradients(ctx, grad_output), *[None] * len(others))
     grads = torch.ops.timm_dgconv.dgconv2d_backward(
         grad_output, input, weight, gate, *ctx.rest, [needs_input, needs_weight, needs_gate]

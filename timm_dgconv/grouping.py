@@ -67,7 +67,7 @@ def num_groups(gate: Tensor) -> int:
 def straight_through(gate: Tensor) -> Tensor:
     """Zeros with the gradient of the gates, shape (K,) (the straight-through estimator of the paper).
 
-    Nan gates stay nan, so that a broken training run shows.
+    Nan gates stay nan, so that a broken training run shows. Infinite gates, which no step moves, have no gradient.
     """
     return torch.where(gate.isinf(), torch.zeros_like(gate), gate - gate.detach())
 

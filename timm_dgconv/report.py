@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dgconv import grouping
+from timm_dgconv import group_conv, grouping
 from timm_dgconv.dgconv import DGConv2d
 from timm_dgconv.g_resnext import GroupableBottleneck
 
@@ -278,6 +278,7 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         TypeError: If `input_size` is not three integers.
         ValueError: If the model has no such layer, no known input size, does not run on such an image, or its gates
             have no values (on the meta device).
+        RuntimeError: If a gate is nan.
 
     Examples:
         >>> report = group_report(nn.Sequential(DGConv2d(64, 64, 3, padding=1)), input_size=(64, 7, 7))
@@ -352,9 +353,8 @@ def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
 def _bits(name: str, conv: DGConv2d) -> str:
     if conv.gate.is_meta:
         raise ValueError(f"the gates of {name} are on the meta device and have no values; load weights first")
-    closed: list[bool] = grouping.closed_gates(conv.gate.detach()).tolist()
-    if conv.sort:
-        closed.sort(reverse=True)
+    bits = group_conv.closed_on_host(conv.gate.detach())
+    closed = sorted(bits, reverse=True) if conv.sort else bits
     return "".join("0" if bit else "1" for bit in closed)
 
 
