@@ -10,7 +10,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,15 @@ class Code:
         return os.system, (self.command,)
 
 
+ODD_ENTRIES: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "nan gates": ("layer3.0.conv2.gate", lambda gate: torch.where(gate > 0, float("nan"), gate)),
+    "expanded": ("fc.weight", lambda weight: torch.ones(()).expand(1 << 30, weight.shape[1])),
+    "sparse": ("fc.weight", Tensor.to_sparse),
+    "complex": ("fc.weight", lambda weight: weight.to(torch.complex64)),
+    "no values": ("fc.weight", lambda weight: weight.to("meta")),
+}
+
+
 def _write_refused(kind: str, tiny: nn.Module, path: Path, marker: Path) -> None:
     good = tiny.state_dict()
     if kind == "another width":
@@ -215,6 +225,18 @@ def _write_refused(kind: str, tiny: nn.Module, path: Path, marker: Path) -> None
         weight = good["layer3.0.conv2.weight"]
         gated = {name: value for name, value in good.items() if name != "layer3.0.conv2.gate"}
         torch.save({**gated, "layer3.0.conv2.weight": weight[:, : weight.shape[1] // 3].clone()}, path)
+    elif kind in ODD_ENTRIES:
+        name, value = ODD_ENTRIES[kind]
+        torch.save({**good, name: value(good[name])}, path)
+    elif kind == "compressed":
+        torch.save(good, path)
+        with zipfile.ZipFile(path) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in contents.items():
+                archive.writestr(name, data)
+    elif kind == "a name of two lines":
+        torch.save({**good, "more\n\x1b[31m" + "x" * 5000: torch.ones(1)}, path)
     elif kind == "no finite numbers":
         torch.save({**good, "fc.bias": good["fc.bias"] * float("nan")}, path)
     elif kind.startswith("truncated"):
@@ -249,6 +271,13 @@ def _write_refused(kind: str, tiny: nn.Module, path: Path, marker: Path) -> None
         ("another width", ".pth", "is a checkpoint of another network than test_g_resnext: "),
         ("three groups", ".pth", "layer3.0.conv2: the checkpoint has a group convolution with 3 groups"),
         ("no finite numbers", ".pth", "are not finite"),
+        ("nan gates", ".pth", "is broken: layer3.0.conv2.gate has gates that are nan"),
+        ("expanded", ".pth", "entry 'fc.weight' has 412,316,860,416 numbers, of which the file has 4 bytes"),
+        ("sparse", ".pth", "entry 'fc.weight' is a tensor of another kind (torch.sparse_coo, torch.float32)"),
+        ("complex", ".pth", "entry 'fc.weight' is a tensor of another kind (torch.strided, torch.complex64)"),
+        ("no values", ".pth", "entry 'fc.weight' is a tensor of another kind (meta)"),
+        ("compressed", ".pth", "save it again with torch.save"),
+        ("a name of two lines", ".pth", "test_g_resnext has no more"),
         ("code", ".pth", "wants to run posix.system when it is loaded: refused, not executed"),
         ("plain pickle with code", ".pt", "refused, not executed"),
         ("old pickle with code", ".bin", "wants to run posix.system when it is loaded: refused"),
@@ -267,6 +296,29 @@ def test_convert_refuses(
     assert said in error
     assert len(error.splitlines()) == 1
     assert names(tmp_path) == before, "nothing is left, and nothing was executed"
+
+
+@pytest.mark.parametrize(
+    "kind", ["nan gates", "expanded", "sparse", "complex", "no values", "compressed", "three groups"]
+)
+def test_inspect_refuses(kind: str, tiny: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source.pth"
+    _write_refused(kind, tiny, source, tmp_path / "executed")
+    assert main(["inspect", str(source), "--model", TINY]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"timm-dgconv inspect: {source} ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_inspect_of_what_cannot_be_mapped(tiny: nn.Module, tmp_path: Path) -> None:
+    """A file of 2019 that has an archive behind it looks like one."""
+    source, archive = tmp_path / "source.pth.tar", tmp_path / "archive"
+    torch.save(original(tiny), source, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("x", "")
+    source.write_bytes(source.read_bytes() + archive.read_bytes())
+    assert main(["inspect", str(source), "--model", TINY]) == 0
 
 
 @pytest.mark.parametrize(

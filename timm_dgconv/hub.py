@@ -12,7 +12,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -297,6 +297,9 @@ def _resolve(model_name: str) -> tuple[str, Any]:
 def _load(source: str, use_ema: bool, architecture: str, cfg: Any) -> nn.Module:
     """The model with the weights of a checkpoint, with as many classes as that has."""
     state_dict = _read(_fetch(source), source, use_ema)
+    with torch.device("meta"):  # what does not fit takes no memory
+        empty = _create(architecture, cfg, _num_classes(state_dict, cfg))
+    _fill(empty, _without_data(state_dict), source, architecture, assign=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what a plain ResNeXt has no weights for keeps these initial values, the same every time
         model = _create(architecture, cfg, _num_classes(state_dict, cfg))
@@ -306,10 +309,10 @@ def _load(source: str, use_ema: bool, architecture: str, cfg: Any) -> nn.Module:
 
 def _load_gates(path: Path, source: str, use_ema: bool, architecture: str, cfg: Any) -> nn.Module:
     """The model on the meta device, all but the gates of the checkpoint; what has none is a plain convolution."""
-    state_dict = {
-        name: value.float().clone() if name.endswith(".gate") else torch.empty_like(value, device="meta")
-        for name, value in _read(path, source, use_ema).items()
-    }
+    whole = _read(path, source, use_ema)
+    gates = {name: value.float().clone() for name, value in whole.items() if name.endswith(".gate")}
+    state_dict = _without_data(whole) | gates
+    del whole
     with torch.device("meta"):
         model = _create(architecture, cfg, _num_classes(state_dict, cfg))
     _fill(model, state_dict, source, architecture, assign=True)
@@ -317,7 +320,7 @@ def _load_gates(path: Path, source: str, use_ema: bool, architecture: str, cfg: 
         conv = getattr(block, "conv2", None)
         if isinstance(conv, DGConv2d) and conv.gate.is_meta:
             weight = state_dict[f"{name}.conv2.weight"]
-            like: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, dtype=weight.dtype)
+            like: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
             block.conv2 = nn.Conv2d(
                 conv.in_channels,
                 conv.out_channels,
@@ -337,15 +340,20 @@ def _epoch(path: Path) -> int | None:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Mapped, the tensors are not read; files of the time before zip archives cannot be.
-        mapped = zipfile.is_zipfile(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    epoch = checkpoint.get("epoch")
-    return epoch if type(epoch) is int else None
+        with suppress(Exception):  # what can be read can fail to be mapped
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            epoch = checkpoint.get("epoch")
+            return epoch if type(epoch) is int else None
+    return None
+
+
+def _without_data(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty(value.shape, device="meta") for name, value in state_dict.items()}
 
 
 def _num_classes(state_dict: dict[str, Tensor], cfg: Any) -> int:
     head = state_dict.get("fc.weight")
-    return cfg.num_classes if head is None or head.ndim != 2 else len(head)
+    return cfg.num_classes if head is None or head.ndim != 2 or not head.numel() else len(head)
 
 
 def _fill(
@@ -359,7 +367,7 @@ def _fill(
         problems = [line.strip() for line in str(error).splitlines()[1:]]
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        raise ValueError(f"{source} is a checkpoint of another network than {architecture}: {problems[0]}{more}")
+        raise ValueError(f"{source} is a checkpoint of another network than {architecture}: {_line(problems[0])}{more}")
 
 
 def _create(architecture: str, cfg: Any, num_classes: int) -> nn.Module:
@@ -374,6 +382,8 @@ def _fetch(source: str) -> Path:
         return path
     if path.is_dir():
         raise ValueError(f"{source} is a folder; name the checkpoint file in it")
+    if os.path.lexists(path):
+        raise ValueError(f"{source} is no regular file, or a link to nothing; name a checkpoint file")
     hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
     if hub_id is None or source.endswith(_SUFFIXES):
         raise ValueError(f"there is no file {source}; expected a checkpoint, or a Hub id OWNER/NAME[@REVISION]")
@@ -383,8 +393,11 @@ def _fetch(source: str) -> Path:
 
 def _read(path: Path, source: str, use_ema: bool) -> dict[str, Tensor]:
     """The state dict in a file, without executing anything in it."""
-    if path.stat().st_size == 0:
+    size = path.stat().st_size
+    if size == 0:
         raise ValueError(f"{source} is empty")
+    if (unpacked := _unpacked_size(path)) > size:
+        raise ValueError(f"{source} is compressed: {size:,} bytes for {unpacked:,}; save it again with torch.save")
     try:
         # timm < 1.0.26 does not admit the Namespace of arguments that its train.py stores.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -392,14 +405,34 @@ def _read(path: Path, source: str, use_ema: bool) -> dict[str, Tensor]:
             state_dict: dict[str, Tensor] = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
     except Exception as error:  # on arbitrary bytes torch and pickle raise nearly anything
         raise ValueError(f"{source} {_why_unreadable(path, error)}") from error
-    odd = [
-        f"entry {name!r} is a {type(value).__name__}"
-        for name, value in state_dict.items()
-        if not torch.is_tensor(value)
-    ]
+    odd = [f"entry {name!r} {why}" for name, value in state_dict.items() if (why := _why_odd(value))]
     if odd or not state_dict:
-        raise ValueError(f"{source} has no state dict that timm knows: {(odd or ['it has no entries'])[0]}")
+        raise ValueError(f"{source} has no state dict that timm knows: {_line((odd or ['it has no entries'])[0])}")
+    for name, value in state_dict.items():
+        if name.endswith(".gate") and value.isnan().any():
+            raise ValueError(f"{source} is broken: {name} has gates that are nan; take a checkpoint from before")
     return state_dict
+
+
+def _unpacked_size(path: Path) -> int:
+    """Number of bytes in an archive, 0 for another file; torch writes them as they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # torch says what it is
+        return 0
+
+
+def _why_odd(value: Any) -> str | None:
+    """Why this cannot be a weight: of other kinds torch loads some, and some only in part."""
+    if not torch.is_tensor(value):
+        return f"is a {type(value).__name__}"
+    if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_complex() or value.is_meta:
+        kind = "meta" if value.is_meta else "nested" if value.is_nested else f"{value.layout}, {value.dtype}"
+        return f"is a tensor of another kind ({kind}); expected plain numbers"
+    if value.numel() > value.untyped_storage().nbytes() // value.element_size():
+        return f"has {value.numel():,} numbers, of which the file has {len(value.untyped_storage()):,} bytes"
+    return None
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
@@ -419,7 +452,14 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _line(str(error).strip() or type(error).__name__)
+
+
+def _line(text: str) -> str:
+    """One printable line of a text that may have come from a file."""
+    line = text.splitlines()[0]
+    line = line if len(line) <= 300 else f"{line[:300]}..."
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _outputs(model: nn.Module) -> Tensor:
