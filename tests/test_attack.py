@@ -65,7 +65,7 @@ ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @st.composite
 def inputs(draw: st.DrawFn, conv: DGConv2d) -> Tensor:
-    shape = (draw(st.integers(0, 2)), conv.in_channels, draw(st.integers(1, 8)), draw(st.integers(1, 8)))
+    shape = (draw(st.integers(0, 2)), conv.in_channels, draw(st.integers(1, 12)), draw(st.integers(1, 12)))
     if draw(st.integers(0, 9)) == 0:
         return torch.randn(1, 1, *shape[2:], dtype=conv.weight.dtype).expand(shape)
     return ARRANGEMENTS[draw(st.sampled_from(list(ARRANGEMENTS)))](torch.randn(shape, dtype=conv.weight.dtype))

@@ -78,6 +78,8 @@ def flip_bits(rng: random.Random, data: bytes) -> bytes:
 
 
 def truncate(rng: random.Random, data: bytes) -> bytes:
+    if len(data) < 8:
+        return data[:1]
     header = struct.unpack("<Q", data[:8])[0] + 8
     places = [1, 2, 4, 7, 8, 9, header - 1, header, header + 1, len(data) - 1, len(data) - 22, len(data) - 23]
     places += [data.find(b"PK\1\2"), data.find(b"PK\5\6"), rng.randrange(len(data)), rng.randrange(2000)]
