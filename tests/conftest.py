@@ -5,6 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that they start, share the cores
     threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a busy machine would show bars where one line is expected
 
 import platform
 import subprocess

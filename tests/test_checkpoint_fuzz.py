@@ -28,7 +28,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from timm_dgconv.cli import main
 
@@ -401,14 +400,6 @@ def cases(files: Files, seed: int) -> Iterator[tuple[str, bytes]]:
         yield suffix, data
 
 
-@pytest.fixture(autouse=True)
-def no_progress() -> Iterator[None]:
-    """A busy machine shows bars."""
-    disable_progress_bars()
-    yield
-    enable_progress_bars()
-
-
 @pytest.fixture(scope="module")
 def files() -> Files:
     return Files()
@@ -562,14 +553,12 @@ def test_declared_sizes_take_no_memory(files: Files, tmp_path: Path) -> None:
     code = """
         import json, resource, shutil, sys
         import timm, torch
-        from huggingface_hub.utils import disable_progress_bars
         from timm_dgconv.cli import main
 
         timm.create_model("test_g_resnext")
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + (4 << 30),) * 2)
-        disable_progress_bars()
         grown = {}
         for source in sys.argv[1:]:
             for command in (["convert", source, "--out", source + ".out"], ["inspect", source]):
