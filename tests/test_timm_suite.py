@@ -78,7 +78,7 @@ def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("models", [SMALL, LARGE], ids=" or ".join)
+@pytest.mark.parametrize("models", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=" or ".join)
 def test_timm_model_tests_pass(models: tuple[str, ...], suite: Suite) -> None:
     # The pretrained tests download other models' weights; the tags are the same for the large net as for g_resnext50.
     selected = f"({' or '.join(models)}) and not pretrained and not g_resnext101.resnext_"
