@@ -126,7 +126,7 @@ def test_layers(data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=5000)
+@settings(max_examples=2000)
 @given(data=st.data())
 def test_layers_more(data: st.DataObject) -> None:
     check_layer(data)
