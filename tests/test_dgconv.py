@@ -203,6 +203,13 @@ def test_onnx(dynamo: bool, dtype: torch.dtype, sort: bool, tmp_path: Path) -> N
     (output,) = graph.run(None, {graph.input_names[0]: x.numpy()})
     assert_close(torch.from_numpy(output), conv(x).detach(), rtol=1e-2, atol=1e-2)
 
+    with torch.no_grad():
+        conv.gate[1] = float("nan")
+    torch.onnx.export(conv, (x,), path, dynamo=dynamo)
+    graph = onnx.reference.ReferenceEvaluator(str(path))
+    (output,) = graph.run(None, {graph.input_names[0]: x.numpy()})
+    assert torch.from_numpy(output).isnan().all()
+
 
 def test_meta_device_and_dtype() -> None:
     conv = DGConv2d(8, 8, 3, device="meta", dtype=torch.bfloat16)

@@ -104,7 +104,7 @@ SHARDED = """
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from timm_dgconv import DGConv2d, complexity
+    from timm_dgconv import DGConv2d, block_groups, complexity
 
     kind, wanted = args
     torch.manual_seed(0)
@@ -133,6 +133,8 @@ SHARDED = """
     else:
         ignored = dict(ignored_states=gates) if kind == "ignored" else {}
         sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **ignored)
+    if kind == "fully_shard":
+        assert block_groups(sharded) == block_groups(alone)
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (sharded, alone)]
     flipped = 0
     for step in range(10):

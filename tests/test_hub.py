@@ -522,7 +522,7 @@ print(json.dumps(results))
 
 def start(env: dict[str, str], code: str, argument: object) -> "subprocess.Popen[str]":
     """A new process: the Hub's client reads its environment when it is imported."""
-    env = {**env, "OMP_NUM_THREADS": "1"}
+    env = {**env, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}  # of an old timm in a new torch
     command = [sys.executable, "-c", code, json.dumps(argument)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -134,8 +134,8 @@ class DGConv2d(LoadsWhole, nn.Conv2d):
 
     @property
     def num_groups(self) -> int:
-        """Number of groups now; reads the gates on the host, and raises RuntimeError if one is nan."""
-        return 1 << sum(group_conv.closed_on_host(self.gate.detach()))
+        """Number of groups now; reads the gates on the host, and raises RuntimeError if one is nan or has no value."""
+        return 1 << sum(group_conv.closed_on_host(self.gate))
 
     def connectivity(self) -> Tensor:
         """The 0/1 matrix U of shape (C_out, C_in), 1 where an input channel feeds an output channel.

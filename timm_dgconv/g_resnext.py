@@ -152,7 +152,8 @@ class GResNeXt(LoadsWhole, ResNet):
                 that of the gates.
             complexity_target: Share of a dense network's connections, above 0 and at most 1; with it, the weight acts
                 only while the network has more, on the open gates nearest to zero, as many as must close to get there.
-                No step opens gates that would take it above, nor closes gates that would take it more than 5 % below.
+                No step opens gates that would take it above, nor closes gates that would take it more than 5 % below,
+                where anything nearer can be reached.
             freeze_groups: Gates that do not learn, see `timm_dgconv.freeze_groups`.
             **kwargs: Further arguments of timm's ResNet.
 

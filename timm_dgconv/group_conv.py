@@ -165,7 +165,16 @@ def closed_on_host(gate: Tensor) -> tuple[bool, ...]:
 
 
 def values_on_host(gate: Tensor) -> list[float]:
-    """The gates; a transfer only for gates on other devices that have changed, and then one for all of them."""
+    """The gates; a transfer only for gates on other devices that have changed, and then one for all of them.
+
+    Raises:
+        RuntimeError: If they have no values, on the meta device.
+    """
+    if gate.is_meta:
+        raise RuntimeError("gates of a DGConv2d are on the meta device and have no values; load weights first")
+    whole = getattr(gate, "full_tensor", None)  # of a DTensor: all processes that share it must ask
+    if whole is not None:
+        return whole().tolist()
     if gate.device.type in _READ_DIRECTLY or gate.is_inference():
         return gate.tolist()
     with _known_lock:

@@ -135,7 +135,8 @@ def _connectivity_in_onnx(gate: Tensor, out_channels: int, in_channels: int, sor
         place = num_codes >> k + 1
         group = group + (codes / place).floor() % 2 * place * closed[k]
     out_group, in_group = (group.expand(-1, c // num_codes).flatten() for c in (out_channels, in_channels))
-    return (out_group.unsqueeze(1) == in_group).to(gate.dtype)
+    nan_shows = torch.where(gate.isnan(), gate, torch.ones_like(gate)).prod()
+    return (out_group.unsqueeze(1) == in_group).to(gate.dtype) * nan_shows
 
 
 def complexity(gate: Tensor, out_channels: int, in_channels: int) -> Tensor:

@@ -19,7 +19,7 @@ class _Deferred(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.copy_ or id(args[0]) not in self.ids:
             return func(*args, **(kwargs or {}))
-        target, source = args
+        target, source, *_ = args
         if source.layout != torch.strided or source.is_quantized or source.is_meta:  # what cannot be copied says so now
             source = torch.empty_like(target).copy_(source)
         self.copies.append((target, source))
@@ -29,14 +29,16 @@ class _Deferred(TorchFunctionMode):
 class LoadsWhole:
     """A module that has the weights it had before when it refuses a state dict, where torch leaves it half loaded.
 
-    Nothing is copied before torch has looked at all of it, and then once. With hooks that run after the loading, which
-    want to see what was loaded, it is torch's own.
+    Nothing is copied before torch has looked at all of it, and then once. Where a wrapper loads it
+    (DistributedDataParallel, torch.compile, FSDP), with hooks that run after the loading, which want to see what was
+    loaded, and where torch swaps tensors (`torch.__future__.set_swap_module_params_on_conversion`), it is torch's own.
     """
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch.nn.Module.load_state_dict, but nothing changes if it raises."""
         modules: list[nn.Module] = list(self.modules())
-        if any(module._load_state_dict_post_hooks for module in modules):
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        if swaps or any(module._load_state_dict_post_hooks for module in modules):
             return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
         entries: list[dict[str, Any]] = [entry for m in modules for entry in (m._parameters, m._buffers)]
         before = [dict(entry) for entry in entries]

@@ -67,7 +67,7 @@ def steer(model: nn.Module, weight: float, target: float | None = None) -> None:
         weight: Factor of the complexity, at least 0; 0 removes the term.
         target: Share of a dense network's connections, in (0, 1]; the term acts only while the model has more, on the
             open gates nearest to zero, as many as must close to get there. No step opens gates that would take it
-            above, nor closes gates that would take it more than 5 % below.
+            above, nor closes gates that would take it more than 5 % below, where anything nearer can be reached.
 
     Raises:
         TypeError: If weight or target is no number.

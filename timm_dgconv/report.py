@@ -353,7 +353,7 @@ def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
 def _bits(name: str, conv: DGConv2d) -> str:
     if conv.gate.is_meta:
         raise ValueError(f"the gates of {name} are on the meta device and have no values; load weights first")
-    bits = group_conv.closed_on_host(conv.gate.detach())
+    bits = group_conv.closed_on_host(conv.gate)
     closed = sorted(bits, reverse=True) if conv.sort else bits
     return "".join("0" if bit else "1" for bit in closed)
 

@@ -36,8 +36,8 @@ class ComplexityTerm:
         weight: Factor of the complexity's gradient, at least 0.
         target: Share of a dense network's connections, in (0, 1]. While the network has more, the term acts on the open
             gates nearest to zero, as many as must close to get there. No step opens a gate that would take the network
-            above, nor closes one that would take it more than `SLACK` below. Without a target the term acts on all
-            gates, always.
+            above, nor closes one that would take it more than `SLACK` below, unless it is that much above and nothing
+            nearer can be reached. Without a target the term acts on all gates, always.
 
     Raises:
         TypeError: If one of them is no number.
@@ -75,6 +75,12 @@ def follow(layer: nn.Module) -> None:
 def _install() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
+    # timm's Lookahead leaves out Optimizer.__init__, and with it that its own step calls hooks, too.
+    from timm.optim import Lookahead
+
+    if not getattr(Lookahead.step, "hooked", False):
+        Lookahead.step = Optimizer.profile_hook_step(Lookahead.step)
+        Lookahead.step.hooked = True
 
 
 def _steered(optimizer: Optimizer) -> tuple[set[int], list[tuple[ComplexityTerm, list[Any]]]]:
@@ -262,8 +268,9 @@ def _hold(layers: Sequence[Any], free: Sequence[bool], before: Sequence[Sequence
                 total += change
                 back.remove((n, k))
                 changed = True
-    for n, k in back:
-        layers[n].gate[k] *= -1
+    for (n, k), now_closed in closes.items():
+        if (n, k) in back:
+            layers[n].gate[k] = math.copysign(values[n][k], 1 if now_closed else -1)
 
 
 def _has_term(gate: Tensor) -> bool:
