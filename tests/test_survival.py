@@ -38,7 +38,7 @@ TRAIN = f"""
         torch.manual_seed(start)  # other values, which a checkpoint must replace
         model = timm.create_model(
             "test_g_resnext", num_classes=3, zero_init_last=False, drop_path_rate=0.1,
-            complexity_weight=float(weight), complexity_target=0.12 if float(weight) else None,
+            complexity_weight=float(weight), complexity_target=0.3 if float(weight) else None,
         )
         gates = [module.gate for module in model.modules() if isinstance(module, DGConv2d)]
         with torch.no_grad():
