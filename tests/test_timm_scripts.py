@@ -238,7 +238,8 @@ def test_validate_scores_as_train_did(
     assert {Path(result["checkpoint"]).name: round(result["top1"], 3) for result in scored} == {
         name: of_epoch[epochs[name]].top1 for name in names
     }
-    tolerance = 2e-2 if "--channels-last" in args else PRINTED  # other kernels round differently in bfloat16
+    # Other kernels, and norms in the convolutions, round differently in bfloat16.
+    tolerance = 2e-2 if {"--channels-last", "--reparam"} & set(args) else PRINTED
     losses = [of_epoch[epochs[name]].loss for name in names]
     assert [loss for loss, _ in evaluations(log)] == pytest.approx(losses, abs=tolerance)
 
