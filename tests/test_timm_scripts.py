@@ -244,6 +244,17 @@ def test_validate_scores_as_train_did(
     assert [loss for loss, _ in evaluations(log)] == pytest.approx(losses, abs=tolerance)
 
 
+def test_reparam_scores_the_same(trained: Run, images: Path) -> None:
+    """In float32, to the printed digits."""
+    options = ["--batch-size", "32", "--checkpoint", trained.folder / "last.pth.tar"]
+    logs = [
+        script("validate.py", "--data-dir", images, *TINY, *CPU, *options, *args).stderr for args in ([], ["--reparam"])
+    ]
+    (plain,), (deployed,) = (evaluations(log) for log in logs)
+    assert deployed.top1 == plain.top1
+    assert deployed.loss == pytest.approx(plain.loss, abs=1.5e-4)
+
+
 def test_inference_labels_every_image(trained: Run, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
     options = ["--checkpoint", trained.folder / "last.pth.tar", "--include-index", "--label-type", "none"]

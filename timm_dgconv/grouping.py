@@ -59,11 +59,6 @@ def closed_gates(gate: Tensor) -> Tensor:
     return torch.signbit(gate)
 
 
-def num_groups(gate: Tensor) -> int:
-    """Number of groups that the gates select, 2 to the number of closed ones (reads the gates: synchronises)."""
-    return 1 << int(closed_gates(gate).sum())
-
-
 def straight_through(gate: Tensor) -> Tensor:
     """Zeros with the gradient of the gates, shape (K,) (the straight-through estimator of the paper).
 

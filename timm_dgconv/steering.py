@@ -268,9 +268,8 @@ def _hold(layers: Sequence[Any], free: Sequence[bool], before: Sequence[Sequence
                 total += change
                 back.remove((n, k))
                 changed = True
-    for (n, k), now_closed in closes.items():
-        if (n, k) in back:
-            layers[n].gate[k] = math.copysign(values[n][k], 1 if now_closed else -1)
+    for n, k in back:
+        layers[n].gate[k] = math.copysign(values[n][k], 1 if closes[n, k] else -1)
 
 
 def _has_term(gate: Tensor) -> bool:
