@@ -1,4 +1,4 @@
-"""Figures of what was learned, in greys, for screen and paper (.png, .svg, .pdf)."""
+"""Figures of the learned groups, in greys, for screen and paper (.png, .svg, .pdf)."""
 
 import importlib.util
 import math
@@ -14,11 +14,11 @@ from timm_dgconv.report import GroupHistory, GroupReport, LayerReport
 
 _SUFFIXES = (".pdf", ".png", ".svg")
 _CELLS = 128
-"""Rows of a drawn connectivity matrix; larger ones are averaged to as many."""
+"""Largest number of rows of a drawn connectivity matrix. Larger matrices are averaged to cells."""
 _WIDTH = 7.2
-"""Of a figure in inches: both columns of a paper."""
+"""Width of a figure in inches: two columns of a paper."""
 _CHARACTER = 0.065
-"""Of a letter at the size of a tick's label."""
+"""Width of a letter of a tick label in inches."""
 _STYLE: dict[str, Any] = {
     "font.size": 7.5,
     "axes.titlesize": 7.5,
@@ -29,43 +29,43 @@ _STYLE: dict[str, Any] = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.fontsize": 7.5,
-    "pdf.fonttype": 42,  # TrueType, which publishers ask for
+    "pdf.fonttype": 42,  # TrueType, which publishers require
 }
 
 
 def check(path: Path) -> None:
-    """Find out before the work whether a figure can be drawn and written to this place.
+    """Check whether a figure can be written to this path, before the work starts.
 
     Raises:
-        ValueError: If the folder is not there or cannot be written to, or the suffix is not that of a figure.
+        ValueError: If the folder does not exist or is not writable, or the suffix is not the suffix of a figure.
         RuntimeError: If matplotlib is missing.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path.absolute().parent} is no folder; create it, or name another place for the plot")
+        raise ValueError(f"{path.absolute().parent} is not a folder; create it, or use another path for the plot")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path.absolute().parent} cannot be written to; name another place for the plot")
+        raise ValueError(f"{path.absolute().parent} is not writable; use another path for the plot")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file for the plot")
+        raise ValueError(f"{path} is a folder; use a file for the plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("plots need matplotlib: pip install 'timm-dgconv[plot]'")
 
 
 def draw(what: GroupReport | GroupHistory, path: Path, layers: Sequence[str] = ()) -> None:
-    """Draw the groups of a model, or how they moved over several checkpoints.
+    """Draw the groups of a model, or the groups over several checkpoints.
 
-    One model: the number of groups of every layer beside the ResNeXt's, and the connectivity of some layers. Several
-    checkpoints: the groups of every layer over them, and the share of a dense network's connections.
+    For one model the figure shows the number of groups per layer, with the ResNeXt's, and the connectivity of some
+    layers. For several checkpoints it shows the number of groups per layer over the checkpoints, and the density.
 
     Args:
-        what: What to draw; a history of one checkpoint is drawn as a model.
+        what: The report to draw. A history of one checkpoint is drawn as a model.
         path: File to write, .png, .svg or .pdf; replaced if it exists.
-        layers: Names of the layers whose connectivity is drawn (the first of each stage, at most four, if there are
-            none); of a history, the layers that are drawn (all if there are none).
+        layers: For a model, the layers whose connectivity is drawn; the default is the first layer of each stage, at
+            most four. For a history, the layers that are drawn; the default is all layers.
 
     Raises:
-        ValueError: For an unknown layer, suffix or folder.
+        ValueError: If a layer, the suffix or the folder is unknown.
         RuntimeError: If matplotlib is missing.
     """
     check(path)
@@ -84,8 +84,8 @@ def draw(what: GroupReport | GroupHistory, path: Path, layers: Sequence[str] = (
 
 
 def _model(report: GroupReport, names: Sequence[str]) -> Any:
-    """Groups over depth, matrices under it."""
-    from matplotlib.figure import Figure  # no pyplot, whose backend is the user's
+    """Draw the groups over depth, and the connectivity matrices below."""
+    from matplotlib.figure import Figure  # pyplot would use the backend of the user
 
     shown = report.select(names) or _first_of_stages(report)
     rows = -(-len(shown) // 4)
@@ -101,7 +101,7 @@ def _model(report: GroupReport, names: Sequence[str]) -> Any:
         axis.set_ylabel("output channel")
     if averaged:
         bar = below.colorbar(averaged[0], ax=axes, ticks=[0, 0.1, 0.5, 1], format="{x:g}", pad=0.01, aspect=25)
-        bar.set_label("connected share of a cell")
+        bar.set_label("density of a cell")
         bar.minorticks_off()
     return figure
 
@@ -115,7 +115,7 @@ def _first_of_stages(report: GroupReport) -> list[LayerReport]:
 
 
 def _depth(axis: Any, report: GroupReport) -> None:
-    """Number of groups of every layer, in order."""
+    """Draw the number of groups of every layer in order."""
     layers = report.layers
     places = range(len(layers))
     edges = [place - 0.5 for place in range(len(layers) + 1)]
@@ -132,7 +132,7 @@ def _depth(axis: Any, report: GroupReport) -> None:
 
     starts = [n for n, layer in enumerate(layers) if n == 0 or layer.stage != layers[n - 1].stage]
     stages = list(zip(starts, [*starts[1:], len(layers)], strict=True))
-    room = 6.4 / len(layers) / _CHARACTER  # for characters, a layer
+    room = 6.4 / len(layers) / _CHARACTER  # characters per layer
     if all(0 < len(layers[start].stage) < room * (end - start) for start, end in stages):
         for start, end in stages:
             if start:
@@ -152,10 +152,10 @@ def _depth(axis: Any, report: GroupReport) -> None:
 
 
 def _matrix(axis: Any, layer: LayerReport) -> Any:
-    """Connectivity; where cells stand for several channels, the grey is the share of their pairs that are connected.
+    """Draw the connectivity of a layer. A large matrix is drawn in cells, whose grey is the density of the cell.
 
     Returns:
-        The image of such cells; None where every cell is one pair.
+        The image, or None if every cell is one channel pair.
     """
     from matplotlib import ticker
     from matplotlib.colors import PowerNorm
@@ -163,12 +163,12 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
     matrix = layer.connectivity()
     out_cell, in_cell = (-(-channels // _CELLS) for channels in matrix.shape)
     cells = F.avg_pool2d(matrix[None], (out_cell, in_cell), ceil_mode=True)[0]
-    # Larger, since viewers of .pdf and .svg may blur an image of few pixels.
+    # Enlarge the image, since viewers of .pdf and .svg may blur an image of few pixels.
     pixels = cells.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)
     image = axis.imshow(
         pixels.numpy(),
         cmap="Greys",
-        norm=PowerNorm(0.5, vmin=0, vmax=1),  # a few pairs of many can be seen
+        norm=PowerNorm(0.5, vmin=0, vmax=1),  # makes a low density visible
         interpolation="none",
         extent=(0, layer.in_channels, layer.out_channels, 0),
         aspect="auto",
@@ -186,7 +186,7 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
 
 
 def _history(history: GroupHistory, names: Sequence[str]) -> Any:
-    """Groups of every layer over the checkpoints, the share of connections under it."""
+    """Draw the groups of every layer over the checkpoints, and the density below."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
 
@@ -223,16 +223,18 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     bar.ax.tick_params(length=0)
 
     places = [n + 0.5 for n in range(count)]
-    below.plot(places, [100 * r.share for r in history.reports], color="black", marker="o", markersize=3, linewidth=0.8)
-    fixed = history.reports[0].resnext_share
+    below.plot(
+        places, [100 * r.density for r in history.reports], color="black", marker="o", markersize=3, linewidth=0.8
+    )
+    fixed = history.reports[0].resnext_density
     if fixed is not None:
         below.axhline(100 * fixed, color="black", linestyle="--", linewidth=0.8)
         beside: dict[str, Any] = dict(xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points")
-        # Under the bar of greys, where there is room.
+        # The space below the color bar is free.
         below.annotate("ResNeXt", (1, 100 * fixed), va="center", **beside).set_in_layout(False)
     below.set(ylabel="connections,\n% of dense", xlim=(0, count), xlabel=history.axis)
     below.set_ylim(bottom=0)
-    every = math.ceil((2 if upright else letters) * _CHARACTER / column)  # label that there is room for
+    every = math.ceil((2 if upright else letters) * _CHARACTER / column)  # one label per so many checkpoints
     below.set_xticks(places[::every], history.labels[::every])
     below.tick_params(axis="x", rotation=90 if upright else 0)
     for side in ("top", "right"):
@@ -241,7 +243,7 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
 
 
 def _numbers(axis: Any, groups: Sequence[Sequence[int]], shades: Sequence[float]) -> None:
-    """The number where a row begins and where it changes."""
+    """Write the number of groups where a row begins and where it changes."""
     for row, numbers in enumerate(groups):
         for column, number in enumerate(numbers):
             if column == 0 or number != numbers[column - 1]:

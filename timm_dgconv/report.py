@@ -1,8 +1,9 @@
-"""What was learned: the groups of every layer and what they cost, of one model or over the checkpoints of a run."""
+"""Reports of the learned groups: per layer the groups and their cost, for one model or for the checkpoints of a run."""
 
 import copy
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dgconv import group_conv, grouping
-from timm_dgconv.dgconv import DGConv2d
-from timm_dgconv.g_resnext import GroupableBottleneck
+from timm_dgconv.layers import grouping
+from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.models.compact import groupable_blocks
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Numbers of parameters, and of multiply-adds for one image."""
+    """Number of parameters and number of multiply-adds per image."""
 
     params: int
     macs: int
@@ -32,22 +33,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The groups of one layer and what they cost.
+    """The groups of one layer and their cost.
 
     Attributes:
         name: Name of the module in the model.
         in_channels: Number of input channels.
         out_channels: Number of output channels.
-        resolution: Height and width of the output; None if the model does not run this layer on an image.
+        resolution: Height and width of the output, or None if the model does not run this layer.
         groups: Number of groups.
-        bits: A character for each bit of the channel number, the most significant first: 1 where the bit is open (it
-            connects the channels that differ in it), 0 where it is closed. With `sort=True` the closed gates act on the
-            most significant bits, wherever they are stored; these are the bits on which they act, so all 0 come first.
-            None for a plain group convolution, whose channels may have been reordered.
+        bits: One character per bit of the channel index, the most significant bit first: 1 if the bit is open, 0 if it
+            is closed. An open bit connects the channels that differ in it. With `sort=True` all 0 come first, since the
+            closed gates act on the most significant bits. None for a plain group convolution.
         learned: Cost with these groups, without the gates.
         dense: Cost with one group.
-        resnext: Cost in the ResNeXt with the same widths; None outside of a G-ResNeXt.
-        resnext_groups: Its number of groups.
+        resnext: Cost in the ResNeXt with the same widths, or None outside of a G-ResNeXt.
+        resnext_groups: Number of groups in that ResNeXt.
     """
 
     name: str
@@ -63,16 +63,16 @@ class LayerReport:
 
     @property
     def channels_per_group(self) -> int:
-        """Number of input channels that a group reads."""
+        """Number of input channels per group."""
         return self.in_channels // self.groups
 
     @property
     def stage(self) -> str:
-        """Name of the module that holds the layer's block, such as ``layer1`` for ``layer1.0.conv2``."""
+        """Name of the stage, such as ``layer1`` for ``layer1.0.conv2``."""
         return ".".join(self.name.split(".")[:-2])
 
     def connectivity(self) -> Tensor:
-        """The 0/1 matrix of shape (out_channels, in_channels), 1 where an input channel feeds an output channel."""
+        """Return the 0/1 matrix of shape (out_channels, in_channels): 1 where an input feeds an output channel."""
         if self.bits is None:
             blocks = torch.ones(self.out_channels // self.groups, self.channels_per_group)
             return torch.kron(torch.eye(self.groups), blocks)
@@ -82,15 +82,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """The groups of every layer of a model, and what the whole network costs.
+    """The groups of every layer of a model and the cost of the whole network.
 
     Attributes:
-        model: Name of the architecture, or of the class if it has none.
+        model: Name of the architecture, or of the class if there is no architecture.
         input_size: Channels, height and width of the image for which multiply-adds are counted.
-        layers: The layers that learn their groups (or, compact, have learned them), in the order of the model.
-        learned: Cost of the whole network with these groups, that of `timm_dgconv.compact`.
+        layers: The layers that learn their groups, or have learned them in the compact form, in the order of the model.
+        learned: Cost of the whole network with these groups, in the compact form.
         dense: Cost of the whole network with one group in each of these layers.
-        resnext: Cost of the ResNeXt with the same widths; None if some layer is outside of a G-ResNeXt.
+        resnext: Cost of the ResNeXt with the same widths, or None if a layer is outside of a G-ResNeXt.
     """
 
     model: str
@@ -102,17 +102,17 @@ class GroupReport:
 
     @property
     def complexity(self) -> int:
-        """Number of connected channel pairs of these layers, the value of `timm_dgconv.complexity`."""
+        """Number of connected channel pairs of these layers, as `timm_dgconv.complexity` returns it."""
         return self._connections(layer.groups for layer in self.layers)
 
     @property
-    def share(self) -> float:
-        """The connected channel pairs as a share of those of dense layers."""
+    def density(self) -> float:
+        """Connected share of all channel pairs of these layers."""
         return self.complexity / self._connections([1] * len(self.layers))
 
     @property
-    def resnext_share(self) -> float | None:
-        """The same of the ResNeXt."""
+    def resnext_density(self) -> float | None:
+        """Connected share of all channel pairs in the ResNeXt with the same widths, or None if there is none."""
         groups = [layer.resnext_groups for layer in self.layers if layer.resnext_groups is not None]
         if len(groups) < len(self.layers):
             return None
@@ -122,10 +122,10 @@ class GroupReport:
         return sum(c.in_channels * c.out_channels // g for c, g in zip(self.layers, groups, strict=True))
 
     def select(self, names: Sequence[str]) -> list[LayerReport]:
-        """The layers with these names.
+        """Return the layers with these names.
 
         Raises:
-            ValueError: If there is no such layer.
+            ValueError: If a layer does not exist.
         """
         layers = {layer.name: layer for layer in self.layers}
         for name in names:
@@ -134,32 +134,25 @@ class GroupReport:
         return [layers[name] for name in names]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as dicts, lists, strings and numbers, for JSON."""
+        """Return the report as dicts, lists, strings and numbers, for JSON."""
         result = dataclasses.asdict(self)
         for entry, layer in zip(result["layers"], self.layers, strict=True):
             entry["channels_per_group"] = layer.channels_per_group
-        shares = {"complexity": self.complexity, "share": self.share, "resnext_share": self.resnext_share}
-        return {**result, **shares, "layers": list(result["layers"])}
+        totals = {
+            "complexity": self.complexity,
+            "density": self.density,
+            "resnext_density": self.resnext_density,
+        }
+        return {**result, **totals, "layers": list(result["layers"])}
 
     def table(self) -> str:
-        """A row a layer, and the whole network under it."""
+        """Return a table with one row per layer, and a second table for the whole network."""
         rows = [
-            [
-                "layer",
-                "channels",
-                "resolution",
-                "groups",
-                "channels",
-                "open bits",
-                "parameters",
-                "",
-                "",
-                "MACs, M",
-                "",
-                "",
-            ],
-            ["", "", "", "", "a group", "", "learned", "dense", "ResNeXt", "learned", "dense", "ResNeXt"],
+            ["layer", "channels", "resolution", "groups", "channels", "open bits", *("parameters", "", "")],
+            ["", "", "", "", "per group", "", "learned", "dense", "ResNeXt"],
         ]
+        rows[0] += ["MACs, M", "", ""]
+        rows[1] += ["learned", "dense", "ResNeXt"]
         for layer in self.layers:
             costs = (layer.learned, layer.dense, layer.resnext)
             rows.append(
@@ -177,12 +170,12 @@ class GroupReport:
         fixed = sorted({layer.resnext_groups for layer in self.layers if layer.resnext_groups is not None})
         resnext = f"ResNeXt, {fixed[0]} groups" if len(fixed) == 1 else "ResNeXt"
         totals = (self.learned, self.dense, self.resnext)
-        shares = (self.share, 1.0, self.resnext_share)
+        densities = (self.density, 1.0, self.resnext_density)
         whole = [
             ["whole network", "learned", "dense", resnext],
             ["parameters", *("-" if cost is None else f"{cost.params:,}" for cost in totals)],
             ["multiply-adds (MACs), M", *("-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in totals)],
-            ["connections, % of dense", *("-" if share is None else f"{100 * share:.2f}" for share in shares)],
+            ["connections, % of dense", *("-" if density is None else f"{100 * density:.2f}" for density in densities)],
         ]
         title = f"{self.model}, input {' x '.join(map(str, self.input_size))}"
         return f"{title}\n\n{_align(rows)}\n\n{_align(whole)}"
@@ -193,15 +186,15 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class GroupHistory:
-    """Reports of the checkpoints of one run, in order.
+    """The reports of the checkpoints of one run, in order.
 
     Attributes:
-        reports: A report a checkpoint.
-        sources: Where each is from.
-        epochs: The epoch of each, None where it is not known.
+        reports: One report per checkpoint.
+        sources: The source of each checkpoint.
+        epochs: The epoch of each checkpoint, or None if it is not known.
 
     Raises:
-        ValueError: If there is none, or they are of different networks.
+        ValueError: If there is no report, or if the reports are of different networks.
     """
 
     reports: tuple[GroupReport, ...]
@@ -211,26 +204,26 @@ class GroupHistory:
     def __post_init__(self) -> None:
         if not len(self.reports) == len(self.sources) == len(self.epochs) > 0:
             raise ValueError(
-                f"{len(self.reports)} reports, {len(self.sources)} sources and {len(self.epochs)} epochs; there must "
-                "be as many of each, and at least one"
+                f"got {len(self.reports)} reports, {len(self.sources)} sources and {len(self.epochs)} epochs; the "
+                "numbers must be equal and at least one"
             )
         first = self.reports[0]
         for report, source in zip(self.reports, self.sources, strict=True):
             if _network(report) != _network(first):
                 raise ValueError(
                     f"{source} is of another network than {self.sources[0]}: {report.model} with "
-                    f"{report.dense.params:,} parameters (dense), not {first.model} with {first.dense.params:,}; name "
+                    f"{report.dense.params:,} parameters (dense), not {first.model} with {first.dense.params:,}; use "
                     "checkpoints of one run"
                 )
 
     @property
     def axis(self) -> str:
-        """What the labels are: ``epoch`` if all checkpoints know theirs, else ``checkpoint``."""
+        """Meaning of the labels: ``epoch`` if the epochs of all checkpoints are known, otherwise ``checkpoint``."""
         return "checkpoint" if None in self.epochs else "epoch"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The epoch of each checkpoint where it is known, else the name of its file, or what was given if ambiguous."""
+        """One label per checkpoint: its epoch, otherwise the name of its file, or its source if names are ambiguous."""
         if self.axis == "epoch":
             return tuple(map(str, self.epochs))
         files = [source.rstrip("/").rpartition("/")[2] for source in self.sources]
@@ -239,14 +232,14 @@ class GroupHistory:
         return tuple(name if epoch is None else f"epoch {epoch}" for epoch, name in pairs)
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """`GroupReport.as_dict` of each checkpoint, with its source and epoch."""
+        """Return `GroupReport.as_dict` of each checkpoint, with its source and epoch."""
         triples = zip(self.sources, self.epochs, self.reports, strict=True)
         return [{"source": source, "epoch": epoch, **report.as_dict()} for source, epoch, report in triples]
 
     def table(self) -> str:
-        """The table of one checkpoint; of several a row a layer, a column of groups a checkpoint, their share under it.
+        """Return a table with one row per layer and one column per checkpoint, and the density in percent below it.
 
-        The share is that of connected channel pairs, in percent of dense layers.
+        For a single checkpoint this is `GroupReport.table`.
         """
         first, *others = self.reports
         if not others:
@@ -254,31 +247,30 @@ class GroupHistory:
         rows = [["layer", "channels", *self.labels]]
         for n, layer in enumerate(first.layers):
             rows.append([layer.name, _channels(layer), *(str(report.layers[n].groups) for report in self.reports)])
-        shares = ["connections, % of dense", "", *(f"{100 * report.share:.2f}" for report in self.reports)]
-        return f"{first.model}, groups by {self.axis}\n\n{_align([*rows, shares])}"
+        densities = ["connections, % of dense", "", *(f"{100 * report.density:.2f}" for report in self.reports)]
+        return f"{first.model}, groups by {self.axis}\n\n{_align([*rows, densities])}"
 
     def __str__(self) -> str:
         return self.table()
 
 
 def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> GroupReport:
-    """The groups of every layer of a model, and what they cost beside dense layers and beside a fixed ResNeXt.
+    """Report the groups of every layer of a model and their cost, and compare with dense layers and with a ResNeXt.
 
-    Multiply-adds are those of torch.nn.Conv2d and torch.nn.Linear layers for one image, in evaluation mode. The shapes
-    are found on a copy without data (on the meta device), so the model stays as it is and nothing is computed.
+    Multiply-adds are counted for torch.nn.Conv2d and torch.nn.Linear layers in evaluation mode. A copy of the model on
+    the meta device finds the shapes, so nothing is computed and the model does not change.
 
     Args:
         model: A G-ResNeXt, learnable or compact, a wrapper around one, or any module with DGConv2d layers.
-        input_size: Channels, height and width of the image; those of the model's pretrained_cfg if None.
+        input_size: Channels, height and width of the image. The default is the input size of the pretrained_cfg.
 
     Returns:
-        The report; ``print`` shows it as a table.
+        The report. ``print`` shows it as a table.
 
     Raises:
         TypeError: If `input_size` is not three integers.
-        ValueError: If the model has no such layer, no known input size, does not run on such an image, or its gates
-            have no values (on the meta device).
-        RuntimeError: If a gate is nan.
+        ValueError: If the model has no such layer or no known input size, or does not run on such an image.
+        RuntimeError: If a gate is nan or has no value in this process.
 
     Examples:
         >>> report = group_report(nn.Sequential(DGConv2d(64, 64, 3, padding=1)), input_size=(64, 7, 7))
@@ -293,18 +285,19 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
             "model with timm.create_model('g_resnext50'), or use timm_dgconv.DGConv2d in yours"
         )
     size = _input_size(model, input_size)
-    macs, resolutions = _trace(model, size)
-    whole = Cost(sum(parameter.numel() for parameter in model.parameters()), sum(macs.values()))
+    traces = trace(model, size)
+    whole = Cost(sum(parameter.numel() for parameter in model.parameters()), sum(t.macs for t in traces.values()))
     learned, dense, resnext = whole, whole, whole
     layers = []
     for name, conv in convs.items():
         cardinality = cardinalities.get(name)
-        bits = _bits(name, conv) if isinstance(conv, DGConv2d) else None
+        bits = _bits(conv) if isinstance(conv, DGConv2d) else None
         groups = conv.groups if bits is None else 1 << bits.count("0")
         bias = 0 if conv.bias is None else conv.bias.numel()
-        weights, products = conv.weight.numel() * conv.groups, macs.get(name, 0) * conv.groups
+        macs = traces[name].macs if name in traces else 0
+        weights, products = conv.weight.numel() * conv.groups, macs * conv.groups
         costs = [Cost(weights // g + bias, products // g) for g in (groups, 1, cardinality or 1)]
-        stored = Cost(sum(parameter.numel() for parameter in conv.parameters()), macs.get(name, 0))
+        stored = Cost(sum(parameter.numel() for parameter in conv.parameters()), macs)
         learned, dense, resnext = (
             total - stored + cost for total, cost in zip((learned, dense, resnext), costs, strict=True)
         )
@@ -313,7 +306,7 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
                 name,
                 conv.in_channels,
                 conv.out_channels,
-                resolutions.get(name),
+                traces[name].resolution if name in traces else None,
                 groups,
                 bits,
                 learned=costs[0],
@@ -327,7 +320,7 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model in wrappers that hold it and nothing else: of parallel training, of torch.compile, averaged weights."""
+    """Return the model in the wrappers of parallel training, torch.compile and weight averaging."""
     while True:
         children = dict(model.named_children())
         if list(children) not in (["module"], ["_orig_mod"]):
@@ -336,25 +329,20 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
-    """The convolutions that learn groups, or did, by name in order; for those in a block the groups of its ResNeXt."""
-    convs: dict[str, nn.Conv2d] = {}
-    cardinalities = {}
-    in_blocks = {}
-    for name, module in model.named_modules():
-        if isinstance(module, GroupableBottleneck):
-            in_blocks[f"{name}.conv2".removeprefix(".")] = module.cardinality
-        if isinstance(module, DGConv2d) or (isinstance(module, nn.Conv2d) and name in in_blocks):
-            convs[name] = module
-            if name in in_blocks:
-                cardinalities[name] = in_blocks[name]
-    return convs, cardinalities
+    """Return the convolutions that learn or have learned groups by name, and the cardinality of those in a block."""
+    cardinalities = {
+        f"{name}.conv2".removeprefix("."): block.cardinality for name, block in groupable_blocks(model).items()
+    }
+    convs = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, DGConv2d) or (isinstance(module, nn.Conv2d) and name in cardinalities)
+    }
+    return convs, {name: cardinality for name, cardinality in cardinalities.items() if name in convs}
 
 
-def _bits(name: str, conv: DGConv2d) -> str:
-    if conv.gate.is_meta:
-        raise ValueError(f"the gates of {name} are on the meta device and have no values; load weights first")
-    bits = group_conv.closed_on_host(conv.gate)
-    closed = sorted(bits, reverse=True) if conv.sort else bits
+def _bits(conv: DGConv2d) -> str:
+    closed = sorted(conv.closed, reverse=True) if conv.sort else conv.closed
     return "".join("0" if bit else "1" for bit in closed)
 
 
@@ -364,8 +352,8 @@ def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int
         cfg = next((cfg for cfg in cfgs if cfg and cfg.get("input_size")), None)
         if cfg is None:
             raise ValueError(
-                f"{type(model).__name__} has no pretrained_cfg that names an input size; name one, "
-                "group_report(model, input_size=(channels, height, width))"
+                f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
+                "input_size=(channels, height, width))"
             )
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         given = (first.in_channels, *cfg["input_size"][1:])  # in_chans of timm.create_model does not change the cfg
@@ -381,16 +369,40 @@ def _name(model: nn.Module) -> str:
     return next((cfg["architecture"] for cfg in cfgs if cfg and cfg.get("architecture")), type(model).__name__)
 
 
-def _trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Multiply-adds of every convolution and linear layer as it is stored, and height and width of convolutions."""
-    macs: dict[str, int] = {}
-    resolutions: dict[str, tuple[int, int]] = {}
+@dataclass
+class LayerTrace:
+    """What a convolution or linear layer computes for one image.
+
+    Attributes:
+        macs: Number of multiply-adds with the stored weight.
+        activations: Number of elements of the output.
+        resolution: Height and width of the output of a convolution.
+    """
+
+    macs: int = 0
+    activations: int = 0
+    resolution: tuple[int, int] | None = None
+
+
+def trace(model: nn.Module, size: tuple[int, int, int]) -> dict[str, LayerTrace]:
+    """Run a copy of a model on the meta device and count what its convolutions and linear layers compute, by name.
+
+    Args:
+        model: The model.
+        size: Channels, height and width of the image.
+
+    Raises:
+        ValueError: If the model does not run on such an image.
+    """
+    traces: dict[str, LayerTrace] = defaultdict(LayerTrace)
 
     def count(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         weight: Any = module.weight
-        macs[name] = macs.get(name, 0) + output.numel() * weight[0].numel()
+        layer = traces[name]
+        layer.macs += output.numel() * weight[0].numel()
+        layer.activations += output.numel()
         if isinstance(module, nn.Conv2d):
-            resolutions[name] = (output.shape[-2], output.shape[-1])
+            layer.resolution = (output.shape[-2], output.shape[-1])
 
     net = _without_data(model)
     for name, module in net.named_modules():
@@ -400,17 +412,17 @@ def _trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[dict[str, int]
     try:
         with torch.no_grad():
             net(torch.empty(1, *size, device="meta", dtype=dtype))
-    except Exception as error:  # whatever a module of the user's raises
+    except Exception as error:  # any exception of the user's modules
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; name a size "
-            "that it takes with input_size=(channels, height, width)"
+            f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; use an "
+            "input_size=(channels, height, width) that it takes"
         ) from error
-    return macs, resolutions
+    return dict(traces)
 
 
 def _without_data(model: nn.Module) -> nn.Module:
-    """A copy on the meta device in evaluation mode, without the user's hooks."""
+    """Return a copy of a model on the meta device in evaluation mode, without the user's hooks."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         meta = torch.empty_like(tensor, device="meta")
@@ -420,15 +432,15 @@ def _without_data(model: nn.Module) -> nn.Module:
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks: dict[int, Callable[..., Any]] = getattr(copied, name)
             shared = getattr(module, name)
-            # A plain function is not copied: it would see this run. Bound methods are those of the copy (timm's
-            # FeatureHookNet has such).
+            # deepcopy does not copy functions, so they would see this run. It copies bound methods, which timm's
+            # FeatureHookNet needs.
             for key in [key for key, hook in hooks.items() if hook is shared.get(key)]:
                 del hooks[key]
     return result
 
 
 def _network(report: GroupReport) -> tuple[Any, ...]:
-    """What checkpoints of one run have in common."""
+    """Return what the checkpoints of one run have in common."""
     layers = [(layer.name, layer.in_channels, layer.out_channels, layer.resolution) for layer in report.layers]
     return report.model, report.input_size, report.dense, layers
 
@@ -440,7 +452,7 @@ def _channels(layer: LayerReport) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left, numbers to the right."""
+    """Align columns of text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

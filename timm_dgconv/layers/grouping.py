@@ -1,15 +1,16 @@
 """The algebra of dynamic grouping convolution: binary gates, connectivity, groups.
 
-A DGConv multiplies its weight by a 0/1 matrix ``U = U_1 (x) ... (x) U_K`` (Kronecker product, as in
-https://arxiv.org/abs/1908.05867), ``U_k = g_k * ones(2, 2) + (1 - g_k) * eye(2)``, with one binary gate g_k a bit of
-the channel number. An entry of U_k is 1 where row and column agree and g_k where they differ, therefore
+A DGConv multiplies its weight by a 0/1 matrix ``U = U_1 (x) ... (x) U_K``, where (x) is the Kronecker product and
+``U_k = g_k * ones(2, 2) + (1 - g_k) * eye(2)`` (https://arxiv.org/abs/1908.05867). There is one binary gate g_k per bit
+of the channel index. An entry of U_k is 1 where row and column agree, and g_k where they differ. Therefore
 
     U[i, j] = product of g_k over the bits k in which i and j differ = u[i XOR j]
 
-and no product of matrices is ever formed. Channels are connected exactly if they differ in open bits only.
+Two channels are connected exactly if their indices differ in open bits only. The code below looks U up in the vector u
+and never forms a Kronecker product.
 
-With C_in = q_in * 2^K and C_out = q_out * 2^K channels the number of a channel is ``i // q``: blocks of q neighbours
-share their connections. The first gate belongs to the most significant bit.
+With C_in = q_in * 2^K and C_out = q_out * 2^K, the code of channel i is ``i // q``: q neighbouring channels share their
+connections. The first gate belongs to the most significant bit.
 """
 
 import math
@@ -19,10 +20,10 @@ from torch import Tensor
 
 
 def num_bits(in_channels: int, out_channels: int) -> int:
-    """Number of gates K: the powers of two that both channel counts have in common.
+    """Return the number of gates K: 2^K is the largest power of two that divides both channel counts.
 
     Raises:
-        ValueError: If the counts are not positive, or have no common factor two (there is nothing to learn then).
+        ValueError: If a count is not positive, or if the counts have no common factor two.
 
     Examples:
         >>> num_bits(64, 64), num_bits(96, 48)
@@ -41,9 +42,9 @@ def num_bits(in_channels: int, out_channels: int) -> int:
 
 
 def closed_gates(gate: Tensor) -> Tensor:
-    """Which gates are closed: those whose sign bit is set.
+    """Return which gates are closed: the gates whose sign bit is set.
 
-    The sign bit survives every cast. The initial values +-1e-8 become +-0.0 in float16, where comparing with zero would
+    The sign bit survives every cast. float16 rounds the initial values +-1e-8 to +-0.0, so a comparison with zero would
     lose them.
 
     Args:
@@ -60,31 +61,32 @@ def closed_gates(gate: Tensor) -> Tensor:
 
 
 def straight_through(gate: Tensor) -> Tensor:
-    """Zeros with the gradient of the gates, shape (K,) (the straight-through estimator of the paper).
+    """Return zeros of shape (K,) with the gradient of the gates (the straight-through estimator of the paper).
 
-    Nan gates stay nan, so that a broken training run shows. Infinite gates, which no step moves, have no gradient.
+    A nan gate gives nan, so that a diverged training run is visible. An infinite gate has no gradient, since no
+    optimizer step can move it.
     """
     return torch.where(gate.isinf(), torch.zeros_like(gate), gate - gate.detach())
 
 
 def closed_first(gate: Tensor) -> Tensor:
-    """Indices of shape (K,) that put closed gates before open ones and keep the order among each (`sort=True`)."""
+    """Return indices of shape (K,) that move closed gates before open gates; the sort is stable (`sort=True`)."""
     return torch.sort(closed_gates(gate).int(), dim=0, descending=True, stable=True)[1]
 
 
 def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool = False) -> Tensor:
-    """The connectivity matrix U, differentiable in the gates by the straight-through estimator.
+    """Return the connectivity matrix U, differentiable in the gates by the straight-through estimator.
 
     Args:
-        gate: Real-valued gates of shape (K,), K as `num_bits` gives it for the channel counts.
+        gate: Real-valued gates of shape (K,), with K from `num_bits`.
         out_channels: Number of output channels.
         in_channels: Number of input channels.
-        sort: Put closed gates before open ones (in the most significant bits), so that groups are contiguous channels.
-            Gates of one kind keep their order.
+        sort: Apply the closed gates to the most significant bits, so that each group is a range of channels. The sort
+            is stable.
 
     Returns:
-        Tensor of shape (out_channels, in_channels) in float32 (float64 for float64 gates), 1 where an input channel
-        feeds an output channel and 0 elsewhere.
+        Tensor of shape (out_channels, in_channels): 1 where an input channel feeds an output channel, 0 elsewhere. The
+        dtype is float64 for float64 gates and float32 otherwise.
 
     Examples:
         >>> connectivity(torch.tensor([-1.0, 1.0]), 4, 4)
@@ -95,21 +97,21 @@ def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool =
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         pass
-    elif torch.onnx.is_in_onnx_export():  # torch.jit.script does not look at this branch
+    elif torch.onnx.is_in_onnx_export():  # torch.jit.script does not compile this branch
         return _connectivity_in_onnx(gate, out_channels, in_channels, sort)
     num_codes = 1 << gate.shape[0]
-    # Half precision is too coarse for the sums over channel pairs that are the gates' gradients.
+    # A gate's gradient is a sum over many channel pairs, for which half precision is too coarse.
     gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
     if sort:
         gate = gate[closed_first(gate)]
     shifts = torch.arange(gate.shape[0] - 1, -1, -1, device=gate.device)
     codes = torch.arange(num_codes, device=gate.device)
-    # (2^K, K): which bits are set in a code, the XOR of two channel numbers.
+    # (2^K, K): which bits are set in a code. A code here is the XOR of two channel codes.
     bits = torch.bitwise_right_shift(codes.unsqueeze(1), shifts) & 1 == 1
     blocked = bits & closed_gates(gate)
     num_blocked = blocked.sum(dim=1, keepdim=True)
-    # u = product of the gates over the bits of a code. At binary gates its derivative for a gate is 1 where the code
-    # has that bit and no other bit of it is closed.
+    # u is the product of the gates over the bits of a code. At binary gates its derivative with respect to a gate is 1
+    # where the code has the gate's bit and all its other bits are open.
     slope = bits & (num_blocked == blocked.int())
     u = (num_blocked == 0).to(gate.dtype).squeeze(1) + (slope.to(gate.dtype) * straight_through(gate)).sum(dim=1)
     out_codes = torch.arange(out_channels, device=gate.device) // (out_channels // num_codes)
@@ -118,26 +120,27 @@ def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool =
 
 
 def _connectivity_in_onnx(gate: Tensor, out_channels: int, in_channels: int, sort: bool) -> Tensor:
-    """Values of `connectivity` in operations that ONNX has: it knows no sign bit, and torch puts -0.0 with the open."""
+    """Compute `connectivity` with operations that ONNX has. ONNX has no signbit, and `-0.0 < 0` is false."""
     gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
     closed = ((gate < 0) | (gate.reciprocal() < 0)).to(gate.dtype)
     if sort:
         closed = torch.sort(closed, dim=0, descending=True)[0]
     num_codes = 1 << gate.shape[0]
     codes = torch.arange(num_codes, dtype=gate.dtype, device=gate.device).unsqueeze(1)
-    group = torch.zeros_like(codes)  # the number that the closed bits of a code make
+    group = torch.zeros_like(codes)  # the closed bits of a code, which identify its group
     for k in range(gate.shape[0]):
         place = num_codes >> k + 1
         group = group + (codes / place).floor() % 2 * place * closed[k]
     out_group, in_group = (group.expand(-1, c // num_codes).flatten() for c in (out_channels, in_channels))
-    nan_shows = torch.where(gate.isnan(), gate, torch.ones_like(gate)).prod()
-    return (out_group.unsqueeze(1) == in_group).to(gate.dtype) * nan_shows
+    propagate_nan = torch.where(gate.isnan(), gate, torch.ones_like(gate)).prod()
+    return (out_group.unsqueeze(1) == in_group).to(gate.dtype) * propagate_nan
 
 
 def complexity(gate: Tensor, out_channels: int, in_channels: int) -> Tensor:
-    """Number of connected (output, input) channel pairs, differentiable in the gates.
+    """Return the number of connected (output, input) channel pairs, differentiable in the gates.
 
-    ``q_out * q_in * 2^(K + number of open gates)``, for C_in = C_out = 2^K the "U regularizer" of the original release.
+    The number is ``q_out * q_in * 2^(K + number of open gates)``. For C_in = C_out = 2^K it is the "U regularizer" of
+    the original release.
 
     Args:
         gate: Real-valued gates of shape (K,).
@@ -145,7 +148,8 @@ def complexity(gate: Tensor, out_channels: int, in_channels: int) -> Tensor:
         in_channels: Number of input channels.
 
     Returns:
-        Scalar tensor in float32 (float64 for float64 gates); half precision could not hold the counts.
+        Scalar tensor. The dtype is float64 for float64 gates and float32 otherwise, since half precision cannot hold
+        the counts.
 
     Examples:
         >>> complexity(torch.tensor([-1.0, 1.0]), 4, 4)
@@ -158,12 +162,14 @@ def complexity(gate: Tensor, out_channels: int, in_channels: int) -> Tensor:
 
 
 def channel_order(gate: Tensor, channels: int, sort: bool = False) -> Tensor:
-    """The permutation of channels after which the groups are contiguous: ordered by closed bits, then as they were.
+    """Return the permutation of channels that makes each group a range of channels.
+
+    It orders the channels by their closed bits and is stable.
 
     Args:
         gate: Real-valued gates of shape (K,).
         channels: Number of channels, a multiple of 2^K.
-        sort: As in `connectivity`; the permutation is the identity then.
+        sort: See `connectivity`. With `sort=True` the permutation is the identity.
 
     Returns:
         Indices of shape (channels,).
@@ -180,11 +186,11 @@ def channel_order(gate: Tensor, channels: int, sort: bool = False) -> Tensor:
 
 
 def group_blocks(weight: Tensor, groups: int) -> Tensor:
-    """The diagonal blocks of a dense weight, as a group convolution has them; a view.
+    """Return a view of the diagonal blocks of a dense weight, the weight of a group convolution.
 
     Args:
         weight: Dense weight of shape (C_out, C_in, kernel height, kernel width).
-        groups: Number of groups of contiguous channels.
+        groups: Number of groups. Each group is a range of channels.
 
     Returns:
         View of shape (groups, C_out / groups, C_in / groups, kernel height, kernel width).

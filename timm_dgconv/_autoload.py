@@ -1,8 +1,8 @@
-"""Registers the models when timm is imported, without anybody importing this package.
+"""Registers the models when timm is imported, without an import of this package.
 
-PyTorch calls `install` at the end of ``import torch`` (entry point group ``torch.backends``) and turns an exception
-into a failed ``import torch``. So this module imports nothing but the standard library, and `install` only puts a
-finder on ``sys.meta_path`` that waits for ``timm.models``, be it the installed one or the one in a clone of timm's
+PyTorch calls `install` at the end of ``import torch`` (entry point group ``torch.backends``). It turns an exception
+into a failed ``import torch``. So this module imports the standard library only, and `install` only adds a finder to
+``sys.meta_path``. The finder waits for ``timm.models``, either the installed package or the one in a clone of timm's
 repository.
 """
 
@@ -20,7 +20,7 @@ _WAITS_FOR = "timm.models"
 
 
 def install() -> None:
-    """Register the models now if timm is there, else when ``timm.models`` has been imported. Never raises."""
+    """Register the models now if timm is imported, otherwise after ``timm.models`` is imported. Never raises."""
     if _WAITS_FOR in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -28,9 +28,9 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Import the model file, which registers the models; a failure there must not take timm or torch with it."""
+    """Import the model file, which registers the models. A failure there must not break timm or torch."""
     try:
-        import_module("timm_dgconv.g_resnext")
+        import_module("timm_dgconv.models.g_resnext")
     except Exception as error:
         warnings.warn(
             f"timm-dgconv could not register its models, timm works without them: {type(error).__name__}: {error}",
@@ -40,20 +40,20 @@ def _register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds ``timm.models`` as the other finders do, and has the models registered behind its import."""
+    """Find ``timm.models`` with the other finders, and register the models after its import."""
 
     def __init__(self) -> None:
-        self.asking = False
+        self.searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WAITS_FOR or self.asking:
+        if fullname != _WAITS_FOR or self.searching:
             return None
-        self.asking = True  # another finder may ask all the others too, and so us
+        self.searching = True  # another finder may call all finders, including this one
         try:
             for finder in sys.meta_path:
-                find_spec = getattr(finder, "find_spec", None)  # Python passes over finders that have none
+                find_spec = getattr(finder, "find_spec", None)  # Python ignores finders without it
                 spec = find_spec(fullname, path, target) if find_spec is not None else None
                 if spec is not None:
                     if spec.loader is not None:
@@ -61,11 +61,11 @@ class _Finder(importlib.abc.MetaPathFinder):
                     return spec
             return None
         finally:
-            self.asking = False
+            self.searching = False
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs the module with its own loader, takes itself away, then registers the models."""
+    """Run the module with its own loader, restore that loader on the module, and register the models."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader

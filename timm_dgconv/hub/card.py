@@ -1,28 +1,27 @@
-"""The model card, in the form that timm's hosted models have."""
+"""The model card, in the form of timm's model cards."""
 
 import math
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from timm.models import get_arch_pretrained_cfgs
-from timm.models._hub import generate_readme
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from timm_dgconv import deploy
-from timm_dgconv.dgconv import DGConv2d
-
-BASELINE = "resnext50_32x4d.dgconv_in1k"
-"""The ResNeXt that the original release trained beside G-ResNeXt; timm alone loads it."""
+from timm_dgconv import _compat
+from timm_dgconv.hub.model import BASELINE, RESNEXT_PAPER
+from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.models.compact import block_groups
+from timm_dgconv.report import trace
 
 
 def fixed_groups(model: nn.Module) -> list[int]:
-    """The groups of the blocks of a compact G-ResNeXt; nothing for other models."""
-    return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else deploy.block_groups(model)
+    """Return the groups of the blocks of a compact G-ResNeXt, and an empty list for other models."""
+    return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else block_groups(model)
 
 
 class _Stats(NamedTuple):
+    """Counts for one image: parameters and activations in millions, multiply-adds in billions."""
+
     params: float
     macs: float
     activations: float
@@ -31,31 +30,22 @@ class _Stats(NamedTuple):
         return f"{self.params:.1f} M parameters, {self.macs:.1f} GMACs, {self.activations:.1f} M activations"
 
 
-def _stats(architecture: str, input_size: tuple[int, int, int], **kwargs: Any) -> _Stats:
-    """Counts in millions, multiply-adds in billions, for one image; activations are outputs of convs and linears."""
-    activations = 0
-
-    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal activations
-        activations += output.numel()
-
-    with torch.device("meta"):
-        model = timm.create_model(architecture, **kwargs).eval()
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(count)
-        with FlopCounterMode(display=False) as flops, torch.no_grad():
-            model(torch.empty(1, *input_size))
+def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> _Stats:
+    traces = trace(model, input_size).values()
     params = sum(parameter.numel() for parameter in model.parameters())
-    return _Stats(params / 1e6, flops.get_total_flops() / 2e9, activations / 1e6)
+    return _Stats(params / 1e6, sum(t.macs for t in traces) / 1e9, sum(t.activations for t in traces) / 1e6)
 
 
 def model_card(model: Any) -> str:
-    """Model card in the form of timm's."""
+    """Return the text of the model card.
+
+    Args:
+        model: A model with a pretrained_cfg that has an architecture and a tag. It may be on the meta device.
+    """
     cfg = model.pretrained_cfg
     architecture, tag, size = cfg["architecture"], cfg["tag"], cfg["input_size"]
     name, groups = f"{architecture}.{tag}", fixed_groups(model)
-    stats = _stats(architecture, size, num_classes=model.num_classes, **({"groups": groups} if groups else {}))
+    stats = _stats(model, size)
     details: dict[str, Any] = {
         "Model Type": "Image classification / feature backbone",
         "Model Stats": {
@@ -67,9 +57,11 @@ def model_card(model: Any) -> str:
     }
     resnext = _RESNEXT.get(architecture)
     if resnext is not None:
-        resnext_stats = _stats(resnext, size, num_classes=model.num_classes)
-        counted = "" if groups else "a DGConv is counted dense, as it is stored and computed; "
-        details["Compared with"] = f"{counted}`{resnext}`, the ResNeXt with 32 groups, has {resnext_stats}"
+        baseline = timm.create_model(resnext, num_classes=model.num_classes, in_chans=size[0], device="meta")
+        counted = (
+            "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
+        )
+        details["Compared with"] = f"{counted}`{resnext}`, the ResNeXt with 32 groups, has {_stats(baseline, size)}"
     papers = [RESNEXT_PAPER] if name == BASELINE else [_PAPER, RESNEXT_PAPER]
     details["Papers"] = [
         f"{title}: {paper_id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, paper_id in papers
@@ -90,7 +82,7 @@ def model_card(model: Any) -> str:
     }
     if name == BASELINE or (tag == "dgconv_in1k" and architecture in _RESNEXT):
         content["comparison"] = _COMPARISON
-    return generate_readme(content, name)
+    return _compat.generate_readme(content, name)
 
 
 def _description(name: str, groups: list[int]) -> str:
@@ -98,8 +90,8 @@ def _description(name: str, groups: list[int]) -> str:
     if name == BASELINE:
         return (
             "A ResNeXt-50 32x4d image classification model, the baseline of the original release of G-ResNeXt, trained "
-            "on ImageNet-1k by its authors.\n\ntimm loads it as it is. The `g_resnext50` of timm-dgconv takes the same "
-            "weights: the same function, with groups that can be learned further."
+            "on ImageNet-1k by its authors.\n\ntimm loads it without timm-dgconv. The model `g_resnext50` of "
+            "timm-dgconv loads the same weights, computes the same, and can learn its groups further."
         )
     text = (
         "A G-ResNeXt image classification model: a ResNeXt whose 3x3 convolutions learn how many groups they have "
@@ -109,18 +101,18 @@ def _description(name: str, groups: list[int]) -> str:
         text += " Trained on ImageNet-1k by the authors of the original release."
     elif name == "g_resnext101.dgconv_in1k":
         text += (
-            " The original release describes it and has no weights for it: those beside this card were trained by who "
-            "publishes them here."
+            " The original release describes this model and has no weights for it. The publisher of this repository "
+            "trained these weights."
         )
     elif tag.startswith("resnext_") and name in get_arch_pretrained_cfgs(architecture):
         text += (
-            f" Converted from timm's `{_RESNEXT[architecture]}.{tag.removeprefix('resnext_')}`: the same function with "
-            "32 groups in each block, which are not learned yet."
+            f" Converted from timm's `{_RESNEXT[architecture]}.{tag.removeprefix('resnext_')}`: it computes the same, "
+            "with 32 groups in each block that are not learned yet."
         )
     if groups:
         text += (
-            "\n\nThis is the compact form: the same outputs from plain group convolutions. Groups of the blocks, in "
-            f"order: {', '.join(map(str, groups))}."
+            "\n\nThis is the compact form, which computes the same with plain group convolutions. The numbers of "
+            f"groups per block are {', '.join(map(str, groups))}."
         )
     return text
 
@@ -201,10 +193,9 @@ _PAPER = (
     "Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks",
     "arXiv:1908.05867",
 )
-RESNEXT_PAPER = ("Aggregated Residual Transformations for Deep Neural Networks", "arXiv:1611.05431")
 _COMPARISON = """Accuracy on ImageNet-1k in percent, from the README of the
 [original release](https://github.com/d-li14/dgconv.pytorch) (cosine schedule, 120 epochs). These are its authors'
-figures, not measured again. It has none for a G-ResNeXt-101.
+figures and were not measured again. There are none for a G-ResNeXt-101.
 
 |model                               |top-1 |top-5 |
 |------------------------------------|------|------|
@@ -221,7 +212,6 @@ _CITATION = """@InProceedings{Zhang_2019_ICCV,
 _IMAGE = """from urllib.request import urlopen
 
 import timm
-import torch
 from PIL import Image
 
 img = Image.open(

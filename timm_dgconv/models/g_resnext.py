@@ -9,16 +9,17 @@ Original release: https://github.com/d-li14/dgconv.pytorch (MIT)
 
 import copy
 import dataclasses
-import inspect
 import logging
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
+    FeatureListNet,
     build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
@@ -29,18 +30,13 @@ from timm.models import (
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from timm_dgconv import regularizer
-from timm_dgconv.dgconv import DGConv2d
-from timm_dgconv.digest import check_download
-from timm_dgconv.fold import fold_norm, fold_norms, neighbours, to_group_convolution
-from timm_dgconv.loading import LoadsWhole
+from timm_dgconv import _compat, optim
+from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.models.compact import TRAINING_ARGS, find_obstacle, fold_norm, fold_sequence, to_group_conv
 
 __all__ = ["GResNeXt", "GroupableBottleneck"]
 
 _logger = logging.getLogger(__name__)
-
-TRAINING_ARGS = ("complexity_weight", "complexity_target", "freeze_groups")
-"""Arguments of a model that say how it is trained, not what it is."""
 
 
 class GroupableBottleneck(Bottleneck):
@@ -62,14 +58,17 @@ class GroupableBottleneck(Bottleneck):
 
         Args:
             inplanes: Number of input channels.
-            planes: Base width; the block has `planes * 4` output channels.
+            planes: Base width. The block has `planes * 4` output channels.
             stride: Stride of the 3x3 convolution.
             downsample: Module on the shortcut.
             sort: Contiguous groups, see DGConv2d.
-            groups: A fixed number of groups instead of learned ones (the compact form, see `timm_dgconv.compact`).
+            groups: A fixed number of groups instead of learned groups (the compact form, see `timm_dgconv.compact`).
             device: Device of the parameters.
             dtype: Dtype of the parameters.
-            **kwargs: Further arguments of timm's Bottleneck; `cardinality` counts for the width only.
+            **kwargs: Further arguments of timm's Bottleneck. `cardinality` only determines the width.
+
+        Raises:
+            ValueError: If `groups` does not divide the channel counts.
         """
         super().__init__(inplanes, planes, stride, downsample, device=device, dtype=dtype, **kwargs)
         self.cardinality: int = kwargs.get("cardinality", 1)
@@ -92,41 +91,80 @@ class GroupableBottleneck(Bottleneck):
         )
 
     def fuse(self) -> "GroupableBottleneck":
-        """The same block for inference, as `timm.utils.reparameterize_model` asks for it.
+        """Return the block for inference, as `timm.utils.reparameterize_model` requests it.
 
-        Convolutions, activations and what cannot be folded: the DGConv2d becomes a plain group convolution
-        (`timm_dgconv.compact`), batch norms go into the convolutions before them. They are taken to be in evaluation
-        mode. Norms of another kind, and batch norms without running statistics, stay.
+        The DGConv2d becomes a plain group convolution, see `timm_dgconv.compact`. It stays if a module of the block may
+        mix channels. Batch norms with running statistics are folded into the convolutions before them.
 
         Returns:
-            A new block.
+            A new block. It computes what this block computes in evaluation mode.
         """
         block: Any = copy.deepcopy(self)
-        if isinstance(block.conv2, DGConv2d):
-            # With a norm in groups of its own, a permutation that it cannot take leaves the layer as it is.
-            with suppress(ValueError):
-                to_group_convolution(block)
-        fold_norms(block, (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
-        if block.downsample is not None:
-            fold_norms(block.downsample, neighbours(block.downsample))
+        if isinstance(block.conv2, DGConv2d) and find_obstacle(block) is None:
+            to_group_conv(block)
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")):
+            setattr(block, norm, fold_norm(getattr(block, conv), getattr(block, norm)))
+        fold_sequence(block.downsample)
         return block
 
 
 def _fixed_blocks(groups: Sequence[int], num_blocks: int) -> Callable[..., GroupableBottleneck]:
-    """What timm's ResNet takes as a block class; the n-th block that it builds has groups[n] groups."""
+    """Return a block class for timm's ResNet. The n-th block that it builds has groups[n] groups."""
     if not isinstance(groups, list | tuple) or len(groups) != num_blocks:
         raise ValueError(f"groups={groups!r} must be one number for each of the {num_blocks} blocks")
-    numbers = iter(groups)
+    remaining = iter(groups)
 
     def block(*args: Any, **kwargs: Any) -> GroupableBottleneck:
-        kwargs["groups"] = next(numbers)
+        kwargs["groups"] = next(remaining)
         return GroupableBottleneck(*args, **kwargs)
 
     block.expansion = GroupableBottleneck.expansion  # type: ignore[attr-defined]
     return block
 
 
-class GResNeXt(LoadsWhole, ResNet):
+class _StemFuse:
+    """The `fuse` of a norm in the stem. `timm.utils.reparameterize_model` calls `fuse` on modules, not on the model.
+
+    It looks up the module before the norm when it is called, since users replace the stem.
+    """
+
+    def __init__(self, model: nn.Module | None, norm: nn.Module) -> None:
+        self.model = None if model is None else weakref.ref(model)
+        self.norm = weakref.ref(norm)
+
+    def __call__(self) -> nn.Module | None:
+        model, norm = None if self.model is None else self.model(), self.norm()
+        if model is not None:  # a feature extractor may hold the norm without the model
+            for before, module in pairwise(_stem(model)):
+                if module is norm:
+                    return fold_norm(before, norm)
+        return norm
+
+    def __reduce__(self) -> Any:  # a copied norm belongs to the copied model
+        return _StemFuse, (None if self.model is None else self.model(), self.norm())
+
+
+def _stem(model: nn.Module) -> list[nn.Module]:
+    """Return the modules before the first stage in the order of execution."""
+
+    def leaves(module: nn.Module) -> list[nn.Module]:
+        if not isinstance(module, nn.Sequential):
+            return [module]
+        return [leaf for child in module.children() for leaf in leaves(child)]
+
+    children = dict(model.named_children())
+    names = [name for name in ("conv1", "bn1", "act1", "maxpool") if name in children]
+    return [leaf for name in names for leaf in leaves(children[name])]
+
+
+def _set_stem_fuse(model: nn.Module) -> None:
+    """Give the batch norms in the stem a `fuse`, see `_StemFuse`."""
+    for module in _stem(model):
+        if hasattr(module, "running_mean"):
+            module.fuse = _StemFuse(model, module)  # type: ignore[assignment]
+
+
+class GResNeXt(ResNet):
     """A timm ResNet of GroupableBottleneck blocks."""
 
     def __init__(
@@ -143,33 +181,25 @@ class GResNeXt(LoadsWhole, ResNet):
         """Build the network.
 
         Args:
-            layers: Number of blocks in each stage.
-            cardinality: Number of groups of the ResNeXt with the same widths; here it only sets the widths.
+            layers: Number of blocks per stage.
+            cardinality: Number of groups of the ResNeXt with the same widths. It only determines the widths.
             base_width: Width of such a group in the first stage.
-            groups: One number of groups for each block builds plain group convolutions with those instead of learning
-                them: the compact form, see `timm_dgconv.compact`.
-            complexity_weight: Every step of an optimizer adds this times the gradient of `timm_dgconv.complexity` to
-                that of the gates.
-            complexity_target: Share of a dense network's connections, above 0 and at most 1; with it, the weight acts
-                only while the network has more, on the open gates nearest to zero, as many as must close to get there.
-                No step opens gates that would take it above, nor closes gates that would take it more than 5 % below,
-                where anything nearer can be reached.
-            freeze_groups: Gates that do not learn, see `timm_dgconv.freeze_groups`.
+            groups: One fixed number of groups per block, instead of learned groups. This builds plain group
+                convolutions (the compact form, see `timm_dgconv.compact`).
+            complexity_weight: Every optimizer step adds the gradient of `timm_dgconv.complexity`, times this weight, to
+                the gradient of the gates.
+            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1. With
+                a target the weight acts only while the density is higher. It acts on as many of the open gates nearest
+                to zero as must close. No optimizer step opens gates that would take the density above the target, nor
+                closes gates that would take it more than 5 % below, unless no density in between can be reached.
+            freeze_groups: Build gates that do not learn, see `timm_dgconv.freeze_groups`.
             **kwargs: Further arguments of timm's ResNet.
 
         Raises:
-            TypeError: For an argument that timm's ResNet does not take, or a weight or target that is no number.
-            ValueError: For `groups` of the wrong length, or that do not divide the channels; for a weight or target
-                out of its range, or with gates that do not learn.
+            TypeError: If timm's ResNet does not take an argument, or a weight or target is not a number.
+            ValueError: If `groups` has the wrong length or does not divide the channel counts, or if a weight or target
+                is out of range or has no gates that learn.
         """
-        known = [name for name in inspect.signature(ResNet).parameters if name != "block"]
-        unknown = {name: value for name, value in kwargs.items() if name not in known}
-        if unknown:
-            raise TypeError(
-                f"G-ResNeXt takes no {', '.join(f'{name}={value!r}' for name, value in unknown.items())}; it takes "
-                f"groups, complexity_weight, complexity_target, freeze_groups, {', '.join(known)}, and the arguments "
-                "of a block in block_args"
-            )
         if complexity_target is not None and not complexity_weight:
             raise ValueError(
                 f"complexity_target={complexity_target} needs a complexity_weight that takes the network there; "
@@ -182,26 +212,17 @@ class GResNeXt(LoadsWhole, ResNet):
             )
         block = GroupableBottleneck if groups is None else _fixed_blocks(groups, sum(layers))
         super().__init__(block, layers, cardinality=cardinality, base_width=base_width, **kwargs)
-        self._let_stem_fuse()
+        _set_stem_fuse(self)
         if complexity_weight:
-            regularizer.steer(self, complexity_weight, complexity_target)
+            optim.steer(self, complexity_weight, complexity_target)
         if freeze_groups and groups is None:
-            regularizer.freeze_groups(self)
+            optim.freeze_groups(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Keep how a model is trained out of what timm >= 1.0.31 stores with its weights."""
-        if name == "_model_args":
+        """Leave out `TRAINING_ARGS` when timm records the arguments of the model."""
+        if name == _compat.MODEL_ARGS:
             value = {key: argument for key, argument in value.items() if key not in TRAINING_ARGS}
         super().__setattr__(name, value)
-
-    def _let_stem_fuse(self) -> None:
-        """Give the norms of the stem a `fuse`: reparameterize_model looks for one in every module but the model."""
-        deep = isinstance(self.conv1, nn.Sequential)
-        pairs = [(self.conv1[-1] if deep else self.conv1, self.bn1)]
-        for sequence in (self.conv1, self.maxpool):
-            pairs += [(getattr(sequence, a), getattr(sequence, b)) for a, b in neighbours(sequence)]
-        for conv, norm in pairs:
-            norm.fuse = partial(fold_norm, conv, norm)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -225,7 +246,7 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 def _resnext_cfgs(variant: str, resnext: str, default_tag: str) -> dict[str, Any]:
-    """Every pretrained tag of one of timm's ResNeXts, as `variant.resnext_<tag>`; the default tag first."""
+    """Return every pretrained tag of one of timm's ResNeXts, as `variant.resnext_<tag>`. The default tag is first."""
     names = sorted(list_models(f"{resnext}.*", pretrained=True), key=lambda name: name != f"{resnext}.{default_tag}")
     return {
         f"{variant}.resnext_{name.split('.', 1)[1]}": dataclasses.replace(
@@ -235,7 +256,7 @@ def _resnext_cfgs(variant: str, resnext: str, default_tag: str) -> dict[str, Any
     }
 
 
-# The first tag with weights is the default: dgconv_in1k once it has an hf_hub_id, which `timm-dgconv publish` prints.
+# The first tag with weights is the default. That is dgconv_in1k as soon as it has an hf_hub_id.
 default_cfgs = generate_default_cfgs(
     {
         "g_resnext50.dgconv_in1k": _cfg(),
@@ -250,29 +271,29 @@ default_cfgs = generate_default_cfgs(
 def _create_g_resnext(variant: str, pretrained: bool = False, **kwargs: Any) -> GResNeXt:
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        elsewhere = cfg.source or cfg.file or cfg.state_dict  # weights that the user names
+        elsewhere = cfg.source or cfg.file or cfg.state_dict  # the user names the weights
         if cfg.tag == "dgconv_in1k" and not (elsewhere or cfg.has_weights):
             raise RuntimeError(_HOW_TO_GET_WEIGHTS[variant])
         if cfg.tag and cfg.tag.startswith("resnext_") and not elsewhere:
             _logger.warning(
-                f"{variant}.{cfg.tag} is a converted ResNeXt: the same function, 32 groups in each block. Its groups "
-                "are not learned yet."
+                f"{variant}.{cfg.tag} is a converted ResNeXt: it computes the same with 32 groups in each block. Its "
+                "groups are not learned yet."
             )
     model = build_model_with_cfg(GResNeXt, variant, pretrained, **kwargs)
-    if pretrained and cfg.hf_hub_id and not (cfg.file or cfg.state_dict):
-        check_download(cfg.hf_hub_id, cfg.hf_hub_filename, kwargs.get("cache_dir"))
+    if isinstance(model, FeatureListNet):  # it has the stem now
+        _set_stem_fuse(model)
     return model
 
 
 _HOW_TO_GET_WEIGHTS = {
-    "g_resnext50": "The weights g_resnext50.dgconv_in1k are not on the Hub yet. Download the original's file from "
-    "https://drive.google.com/open?id=1elM-FVacE-Pkin_hCiW24oKCogHEaYRn and load it as it is, "
-    "create_model('g_resnext50.dgconv_in1k', pretrained=True, pretrained_cfg_overlay=dict(file=PATH)), or convert it, "
-    "timm-dgconv convert PATH --model g_resnext50.dgconv_in1k --out DIR, and use 'local-dir:DIR'. Weights that "
-    "somebody has published load with create_model('hf-hub:OWNER/NAME', pretrained=True).",
+    "g_resnext50": "The weights g_resnext50.dgconv_in1k are not on the Hub yet. Download the file of the original "
+    "release from https://drive.google.com/open?id=1elM-FVacE-Pkin_hCiW24oKCogHEaYRn and load it: "
+    "create_model('g_resnext50.dgconv_in1k', pretrained=True, pretrained_cfg_overlay=dict(file=PATH)). Or convert it: "
+    "timm-dgconv convert PATH --model g_resnext50.dgconv_in1k --out DIR, and use the model name 'local-dir:DIR'. "
+    "Published weights load with create_model('hf-hub:OWNER/NAME', pretrained=True).",
     "g_resnext101": "The original release has no weights for g_resnext101. g_resnext101.resnext_tv2_in1k and the other "
-    "resnext_ tags are converted from timm's ResNeXt; weights that somebody has published load with "
-    "create_model('hf-hub:OWNER/NAME', pretrained=True), a checkpoint of your own with "
+    "resnext_ tags are converted from timm's ResNeXt. Published weights load with "
+    "create_model('hf-hub:OWNER/NAME', pretrained=True), your own checkpoint with "
     "pretrained_cfg_overlay=dict(file=PATH).",
 }
 
@@ -293,6 +314,6 @@ def g_resnext101(pretrained: bool = False, **kwargs: Any) -> GResNeXt:
 
 @register_model
 def test_g_resnext(pretrained: bool = False, **kwargs: Any) -> GResNeXt:
-    """A tiny G-ResNeXt for tests; its 48 and 96 channels share four and five powers of two."""
+    """A tiny G-ResNeXt for tests. Its 48 and 96 channels are not powers of two."""
     model_args = dict(layers=(1, 1, 1, 1), cardinality=4, base_width=16, channels=(16, 32, 48, 96))
     return _create_g_resnext("test_g_resnext", pretrained, **dict(model_args, **kwargs))

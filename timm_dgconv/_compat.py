@@ -1,0 +1,64 @@
+"""The private names of torch and timm that this package needs, each with its reason.
+
+The tests exercise all of them on torch 2.5.0 and 2.14.1 and on timm 1.0.21 and 1.0.31, the oldest and the newest
+supported versions. timm's names are imported inside functions, since importing timm imports this package.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+MODEL_ARGS = "_model_args"
+"""The attribute of a model in which timm >= 1.0.31 records its arguments, to write them to config.json."""
+
+
+def transforms_are_active() -> bool:
+    """Return whether a torch.func transform or forward-mode differentiation is active. torch has no public query."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def unwrap_functorch(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrappers of torch.func transforms, which hide whether its values can be read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def functorch_disabled() -> Any:
+    """Return a context in which torch.func transforms do not see operations, so that values can be read."""
+    return torch._C._DisableFuncTorch()
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place. The autograd notes describe it; the attribute is private."""
+    return tensor._version
+
+
+def flat_parameter_modules(parameter: Tensor) -> set[nn.Module]:
+    """Return the modules whose parameters FullyShardedDataParallel has flattened into this one; usually none."""
+    return {info.module for info in getattr(parameter, "_param_infos", ())}
+
+
+def save_config_for_hf(model: nn.Module, path: Path, model_args: dict[str, Any] | None = None) -> None:
+    """Write config.json as timm does for the Hub. timm.models.save_for_hf would write the weights, too."""
+    from timm.models._hub import save_config_for_hf
+
+    save_config_for_hf(model, path, model_args=model_args)
+
+
+def load_model_config_from_path(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Read config.json as timm does. timm < 1.0.26 cannot load safetensors from a folder."""
+    from timm.models._hub import load_model_config_from_path
+
+    return load_model_config_from_path(folder)
+
+
+def generate_readme(content: dict[str, Any], name: str) -> str:
+    """Return a model card in the form of timm's model cards."""
+    from timm.models._hub import generate_readme
+
+    return generate_readme(content, name)

@@ -1,0 +1,109 @@
+"""Read a checkpoint from a file or from the Hub without running code in it."""
+
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from huggingface_hub import hf_hub_download
+from timm.models import load_state_dict
+from torch import Tensor
+
+from timm_dgconv.hub.errors import hub_errors, one_line
+
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a folder and on the Hub."""
+
+_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
+
+
+class TrainingInfo(NamedTuple):
+    """What timm's train.py stores with the weights.
+
+    Attributes:
+        epoch: The epoch, or None if the checkpoint has none.
+        model_kwargs: The `--model-kwargs` of the training.
+    """
+
+    epoch: int | None
+    model_kwargs: dict[str, Any]
+
+
+def fetch(source: str) -> Path:
+    """Return the path of a checkpoint file, and download it if it is on the Hub.
+
+    Args:
+        source: A file, or a Hub id ``owner/name`` or ``owner/name@revision``.
+
+    Raises:
+        ValueError: If there is no such file.
+        RuntimeError: If the Hub does not return it.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
+    if path.exists() or hub_id is None or source.endswith(_SUFFIXES):
+        raise ValueError(f"{source} is not a file; use a checkpoint file or a Hub id OWNER/NAME[@REVISION]")
+    with hub_errors():
+        return Path(hf_hub_download(hub_id[1], WEIGHTS, revision=hub_id[2]))
+
+
+def read_state_dict(path: Path, source: str, use_ema: bool = True) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint file.
+
+    Args:
+        path: The file.
+        source: Its name in error messages.
+        use_ema: Use the averaged weights if the checkpoint has them.
+
+    Raises:
+        ValueError: If the file would run code, is truncated, or has no state dict, or if a gate in it is nan.
+    """
+    try:
+        # timm < 1.0.26 does not allow the argparse.Namespace that its train.py stores.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state_dict: dict[str, Tensor] = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+    except Exception as error:  # torch and pickle raise almost any exception for arbitrary bytes
+        raise ValueError(f"{source} {_why_unreadable(path, error)}") from error
+    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"{source} has no state dict; use a checkpoint that timm can load")
+    for name, value in state_dict.items():
+        if name.endswith(".gate") and value.isnan().any():
+            raise ValueError(f"{source} has nan gates in {one_line(name)}; use an earlier checkpoint")
+    return state_dict
+
+
+def _why_unreadable(path: Path, error: BaseException) -> str:
+    while error.__cause__ is not None:  # timm wraps some exceptions
+        error = error.__cause__
+    if isinstance(error, pickle.UnpicklingError):
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        with path.open("rb") as file:
+            is_pickle = file.read(2).startswith((b"PK", b"\x80"))
+        if name is not None or is_pickle:
+            return f"would run {name[1] if name else 'code'} when it is loaded; refused, not executed: use a state dict"
+    if isinstance(error, EOFError | safetensors.SafetensorError) or re.search("PytorchStreamReader|EOF", str(error)):
+        return f"is truncated or damaged: {one_line(error)}"
+    return f"is not a checkpoint: {one_line(error)}"
+
+
+def read_training_info(path: Path) -> TrainingInfo:
+    """Read what timm's train.py stores with the weights. Other checkpoints have empty information."""
+    if path.suffix != ".safetensors":
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), suppress(Exception):
+            warnings.simplefilter("ignore")
+            # mmap does not read the tensors. Files from before torch 1.6 are not zip archives and cannot be mapped.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            epoch, model_kwargs = checkpoint.get("epoch"), getattr(checkpoint.get("args"), "model_kwargs", None)
+            return TrainingInfo(
+                epoch if type(epoch) is int else None, dict(model_kwargs) if isinstance(model_kwargs, dict) else {}
+            )
+    return TrainingInfo(None, {})

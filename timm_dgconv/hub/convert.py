@@ -1,0 +1,158 @@
+"""Convert a checkpoint into the folder that timm loads from disk and from the Hub."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub.utils.sha import sha_fileobj
+from torch import Tensor, nn
+
+from timm_dgconv import _compat
+from timm_dgconv.hub import card
+from timm_dgconv.hub.checkpoint import WEIGHTS
+from timm_dgconv.hub.model import BASELINE, NO_KWARGS, Checkpoint, create, resolve
+from timm_dgconv.models.compact import compact as compact_model
+
+CONFIG, CARD = "config.json", "README.md"
+
+
+class File(NamedTuple):
+    """A file of a converted folder."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Converted(NamedTuple):
+    """The files that `convert` wrote, and the largest difference between the outputs of reloaded model and source."""
+
+    files: list[File]
+    difference: float
+
+
+def convert(
+    source: str,
+    model_name: str,
+    output: Path,
+    compact: bool = False,
+    use_ema: bool = True,
+    model_kwargs: Mapping[str, Any] = NO_KWARGS,
+) -> Converted:
+    """Convert a checkpoint into a folder that timm loads with ``create_model("local-dir:...")``, and verify it.
+
+    Args:
+        source: A checkpoint file, or the Hub id of a timm model, ``owner/name`` or ``owner/name@revision``. No code in
+            it is executed.
+        model_name: Architecture and tag of the result, such as ``g_resnext50.dgconv_in1k``.
+        output: Folder to write. It appears when everything in it is verified.
+        compact: Write the compact form, see `timm_dgconv.compact`.
+        use_ema: Use the averaged weights if the checkpoint has them.
+        model_kwargs: Arguments of the model that change the network. The default is what timm's train.py stored.
+
+    Returns:
+        The files, and the largest difference between the outputs of the reloaded model and those of the source.
+
+    Raises:
+        ValueError: If the model is unknown, the output exists, or the source is not a checkpoint of this model.
+        RuntimeError: If the Hub does not return the source, or the reloaded model computes something else.
+    """
+    architecture, cfg = resolve(model_name)
+    if compact and model_name == BASELINE:
+        raise ValueError(f"{BASELINE} has fixed groups already; convert it without --compact")
+    if os.path.lexists(output):
+        raise ValueError(f"{output} exists; use a new folder for --out")
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"{output.absolute().parent} is not a folder; create it, or use another --out")
+    checkpoint = Checkpoint(source, architecture, cfg, use_ema, model_kwargs)
+    model = checkpoint.load()
+    outputs = _outputs(model)
+    written = compact_model(model) if compact else model
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as work:
+        folder = Path(work, output.name)
+        folder.mkdir()
+        state_dict = {name: value.contiguous() for name, value in written.state_dict().items()}
+        safetensors.torch.save_file(state_dict, folder / WEIGHTS, metadata={"format": "pt"})
+        _describe(written, folder, checkpoint.model_kwargs)
+        difference = (_outputs(reload(folder)) - outputs).abs().max().item()
+        # The compact form adds in another order. Otherwise the bits are the same.
+        tolerance = 1e-5 * max(1.0, outputs.abs().max().item()) if compact else 0.0
+        if not difference <= tolerance:
+            raise RuntimeError(f"the outputs of the reloaded model differ by {difference:.1e} from those of {source}")
+        files = list_files(folder)
+        folder.rename(output)
+    return Converted(files, difference)
+
+
+def describe(model_name: str, folder: Path) -> None:
+    """Write config.json and model card of a model without weights. ``hub_configs/`` is written with this function.
+
+    Args:
+        model_name: Architecture and tag, such as ``g_resnext50.dgconv_in1k``.
+        folder: Folder to write to; created if it does not exist.
+
+    Raises:
+        ValueError: If the model is unknown.
+    """
+    architecture, cfg = resolve(model_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = create(architecture, cfg, cfg.num_classes)
+    _describe(model, folder)
+
+
+def reload(folder: Path) -> nn.Module:
+    """Return the model that timm loads from a converted folder."""
+    if tuple(int(number) for number in re.findall(r"\d+", timm.__version__)[:3]) >= (1, 0, 26):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    # timm < 1.0.26 reads the safetensors file in a folder as a pickle, and a safetensors file by its path correctly.
+    cfg, architecture, model_args = _compat.load_model_config_from_path(folder)
+    cfg = {**cfg, "source": None, "file": str(folder / WEIGHTS)}
+    return timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **model_args)
+
+
+def list_files(folder: Path) -> list[File]:
+    """Return the files of a converted folder."""
+    return [
+        File(path.name, path.stat().st_size, sha256(path))
+        for path in (folder / CONFIG, folder / WEIGHTS, folder / CARD)
+        if path.is_file()
+    ]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+def _outputs(model: nn.Module) -> Tensor:
+    """Return the outputs for two fixed images of noise."""
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model.eval()(images)
+
+
+def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
+    """Write config.json and model card."""
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    args = dict(model_kwargs)
+    if stem.in_channels != 3:
+        args["in_chans"] = stem.in_channels
+    groups = card.fixed_groups(model)
+    if groups:
+        args["groups"] = groups
+    _compat.save_config_for_hf(model, folder / CONFIG, model_args=args or None)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    # timm >= 1.0.31 stores the number of classes twice, and transformers fails if it is in `model_args`.
+    config.get("model_args", {}).pop("num_classes", None)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / CARD).write_text(card.model_card(model), encoding="utf-8")

@@ -1,0 +1,64 @@
+"""Report the groups in checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from timm_dgconv import _compat
+from timm_dgconv.hub.checkpoint import WEIGHTS
+from timm_dgconv.hub.model import NO_KWARGS, Checkpoint, resolve
+from timm_dgconv.report import GroupHistory, group_report
+
+
+def inspect(
+    sources: Sequence[str],
+    model_name: str,
+    use_ema: bool = True,
+    image_size: int | None = None,
+    layers: Sequence[str] = (),
+    model_kwargs: Mapping[str, Any] = NO_KWARGS,
+) -> GroupHistory:
+    """Report the groups in the checkpoints of one run. No code in them is executed.
+
+    Args:
+        sources: Checkpoints that `convert` takes, or folders that it wrote. If all of them have an epoch, they are
+            sorted by it.
+        model_name: Architecture with or without a tag, such as ``g_resnext50``.
+        use_ema: Use the averaged weights if a checkpoint has them.
+        image_size: Side in pixels of the image for which multiply-adds are counted. The default is the model's.
+        layers: Names of layers that must exist.
+        model_kwargs: Arguments of the model that change the network. The default is what timm's train.py stored.
+
+    Returns:
+        One report per checkpoint.
+
+    Raises:
+        ValueError: If a model or layer is unknown, a source is not a checkpoint of the model, or the checkpoints are of
+            different networks.
+        RuntimeError: If the Hub does not return a source.
+    """
+    architecture = model_name.partition(".")[0]
+    ours = timm.list_models(module="g_resnext")
+    if architecture not in ours:
+        raise ValueError(f"unknown model {model_name!r}; use {', '.join(ours)}, with or without a tag")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image size must be at least 1, got {image_size}")
+    default_tag = timm.get_pretrained_cfg(architecture).tag
+    _, cfg = resolve(model_name if "." in model_name else f"{architecture}.{default_tag}")
+    reports = []
+    for source in sources:
+        path = Path(source, WEIGHTS) if Path(source).is_dir() else None
+        if path is not None and not path.is_file():
+            raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
+        stored = {} if path is None else _compat.load_model_config_from_path(path.parent)[2]
+        checkpoint = Checkpoint(source, architecture, cfg, use_ema, {**stored, **model_kwargs}, path)
+        model = checkpoint.load_gates()
+        in_chans, height, width = timm.data.resolve_model_data_config(model)["input_size"]
+        report = group_report(model, (in_chans, image_size or height, image_size or width))
+        report.select(layers)
+        reports.append((report, source, checkpoint.epoch))
+    if all(epoch is not None for *_, epoch in reports):  # a shell sorts checkpoint-10 before checkpoint-2
+        reports.sort(key=lambda entry: entry[2] or 0)
+    return GroupHistory(*zip(*reports, strict=True))

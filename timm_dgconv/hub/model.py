@@ -1,0 +1,167 @@
+"""The model of a checkpoint: its architecture, and the model with its weights."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs
+from torch import Tensor, nn
+
+from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_info
+from timm_dgconv.hub.errors import one_line
+from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.models.compact import TRAINING_ARGS
+
+BASELINE = "resnext50_32x4d.dgconv_in1k"
+"""The ResNeXt that the original release trained for comparison. timm loads it without this package."""
+
+RESNEXT_PAPER = ("Aggregated Residual Transformations for Deep Neural Networks", "arXiv:1611.05431")
+
+NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
+
+
+def resolve(model_name: str) -> tuple[str, Any]:
+    """Return architecture and pretrained_cfg of a model name. An unknown tag gets the data settings of the default tag.
+
+    Raises:
+        ValueError: If the name is not an architecture of this package with a tag, nor `BASELINE`.
+    """
+    architecture, _, tag = model_name.partition(".")
+    ours = timm.list_models(module="g_resnext")
+    if model_name == BASELINE:
+        cfg = dataclasses.replace(
+            timm.get_pretrained_cfg("g_resnext50.dgconv_in1k"),
+            architecture=architecture,
+            hf_hub_id=None,
+            paper_name=RESNEXT_PAPER[0],
+            paper_ids=RESNEXT_PAPER[1],
+        )
+    elif architecture not in ours or not re.fullmatch(r"[\w-]+", tag, re.ASCII):
+        raise ValueError(f"unknown model {model_name!r}; use {'.TAG, '.join(ours)}.TAG or {BASELINE}")
+    elif model_name in get_arch_pretrained_cfgs(architecture):
+        cfg = timm.get_pretrained_cfg(model_name)
+    else:
+        no_source: dict[str, Any] = dict.fromkeys(("hf_hub_id", "license", "origin_url", "paper_name", "paper_ids"))
+        cfg = dataclasses.replace(timm.get_pretrained_cfg(architecture), tag=tag, url="", **no_source)
+    return architecture, cfg
+
+
+def create(architecture: str, cfg: Any, num_classes: int, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
+    """Create a model without weights.
+
+    Raises:
+        ValueError: If the architecture cannot be built with these arguments.
+    """
+    cfg = dataclasses.replace(cfg, num_classes=num_classes)
+    if in_chans != 3:  # without `first_conv` timm does not adapt the first convolution to `in_chans`
+        cfg = dataclasses.replace(cfg, input_size=(in_chans, *cfg.input_size[1:]), first_conv=None)
+        model_kwargs["in_chans"] = in_chans
+    try:
+        return timm.create_model(architecture, pretrained_cfg=cfg, num_classes=num_classes, **model_kwargs)
+    except Exception as error:  # any exception of timm's constructors
+        raise ValueError(
+            f"{architecture} cannot be built with {model_kwargs}: {one_line(error)}; use other --model-kwargs"
+        ) from error
+
+
+class Checkpoint:
+    """A checkpoint file and the arguments of its model.
+
+    Args:
+        source: See `fetch`.
+        architecture: Name of the architecture.
+        cfg: Its pretrained_cfg.
+        use_ema: Use the averaged weights if the checkpoint has them.
+        model_kwargs: Arguments of the model that change the network. They override the arguments in the checkpoint.
+        path: The file, if it is known.
+
+    Raises:
+        ValueError: If the source is not a checkpoint.
+        RuntimeError: If the Hub does not return it.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        architecture: str,
+        cfg: Any,
+        use_ema: bool = True,
+        model_kwargs: Mapping[str, Any] = NO_KWARGS,
+        path: Path | None = None,
+    ) -> None:
+        self.source, self.architecture, self.cfg = source, architecture, cfg
+        path = path or fetch(source)
+        self.state_dict = read_state_dict(path, source, use_ema)
+        info = read_training_info(path)
+        self.epoch = info.epoch
+        self.model_kwargs = {**info.model_kwargs, **model_kwargs}
+        for name in (*TRAINING_ARGS, "in_chans", "num_classes"):  # the weights tell the last two
+            self.model_kwargs.pop(name, None)
+
+    def load(self) -> nn.Module:
+        """Return the model with the weights of the checkpoint.
+
+        Raises:
+            ValueError: If the weights belong to another network.
+        """
+        # A plain ResNeXt has no weights between its groups. These keep their initial values, with a fixed seed.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self._create()
+        self._fill(model, self.state_dict)
+        return model
+
+    def load_gates(self) -> nn.Module:
+        """Return the model with the gates of the checkpoint and all other weights on the meta device.
+
+        The layers of a checkpoint without gates are plain convolutions.
+
+        Raises:
+            ValueError: If the weights belong to another network.
+        """
+        gates = {name: value.float().clone() for name, value in self.state_dict.items() if name.endswith(".gate")}
+        shapes = {name: torch.empty(value.shape, device="meta") for name, value in self.state_dict.items()}
+        with torch.device("meta"):
+            model = self._create()
+        self._fill(model, shapes | gates, assign=True)
+        for name, block in model.named_modules():
+            conv = getattr(block, "conv2", None)
+            if isinstance(conv, DGConv2d) and conv.gate.is_meta:
+                groups = conv.in_channels // self.state_dict[f"{name}.conv2.weight"].shape[1]
+                like: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, bias=False)
+                block.conv2 = nn.Conv2d(
+                    conv.in_channels,
+                    conv.out_channels,
+                    conv.kernel_size,  # type: ignore[arg-type]
+                    groups=groups,
+                    device="meta",
+                    **like,
+                )
+        return model
+
+    def _create(self) -> nn.Module:
+        """Create the model. The weights determine the number of classes and of input channels."""
+        head = self.state_dict.get("fc.weight")
+        stem = self.state_dict.get("conv1.weight", self.state_dict.get("conv1.0.weight"))
+        num_classes = self.cfg.num_classes if head is None or head.ndim != 2 else len(head)
+        in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
+        return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)
+
+    def _fill(self, model: nn.Module, state_dict: dict[str, Tensor], assign: bool = False) -> None:
+        try:
+            missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=assign)
+            problems = [f"it has no {name}" for name in missing]
+            problems += [f"{self.architecture} has no {name}" for name in unexpected]
+        except RuntimeError as error:  # other shapes
+            problems = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+            raise ValueError(
+                f"{self.source} is a checkpoint of another network than {self.architecture}: "
+                f"{one_line(problems[0])}{more}"
+            )

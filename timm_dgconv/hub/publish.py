@@ -1,0 +1,120 @@
+"""Publish a converted folder on the Hub."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import validate_repo_id
+
+from timm_dgconv import __version__
+from timm_dgconv.hub.checkpoint import WEIGHTS
+from timm_dgconv.hub.convert import CONFIG, File, convert, list_files, reload, sha256
+from timm_dgconv.hub.errors import hub_errors, one_line
+
+
+class Published(NamedTuple):
+    """The files that `publish` uploaded, the model name, the Hub id, and the address, None for a dry run."""
+
+    files: list[File]
+    model_name: str
+    hub_id: str
+    url: str | None
+
+
+def publish(
+    source: str,
+    repo_id: str,
+    model_name: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+) -> Published:
+    """Upload a converted folder to the Hub, download it again and compare the SHA-256 of the files.
+
+    Args:
+        source: A folder that `convert` wrote, or a source that `convert` takes.
+        repo_id: Repository ``owner/name``; created if it does not exist.
+        model_name: Architecture and tag. Required if `source` is not a folder.
+        private: Create a private repository.
+        revision: Branch to upload to; created if it does not exist. The default is main.
+        dry_run: Prepare everything and upload nothing.
+
+    Returns:
+        The uploaded files and where they are.
+
+    Raises:
+        ValueError: If the source cannot be converted, the folder cannot be loaded, or the repository name is not valid.
+        RuntimeError: If the Hub refuses, or returns other files than were uploaded.
+    """
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"--repo {repo_id!r} is not an OWNER/NAME")
+    if not Path(source).is_dir() and model_name is None:
+        raise ValueError(f"{source} is not a folder; use a folder that timm-dgconv convert wrote, or --model ARCH.TAG")
+    api = HfApi(library_name="timm-dgconv", library_version=__version__)
+    if not dry_run:
+        with hub_errors():
+            api.whoami()  # fail before the conversion if there is no token or no connection
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(source)
+        if folder.is_dir():
+            model_name = _check_folder(folder, model_name)
+        else:
+            assert model_name is not None
+            folder = Path(work, "converted")
+            convert(source, model_name, folder)
+        files = list_files(folder)
+        hub_id = repo_id if revision in (None, "main") else f"{repo_id}@{revision}"
+        if dry_run:
+            return Published(files, model_name, hub_id, None)
+        with hub_errors():
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            is_private = api.model_info(repo_id).private
+        if private and not is_private:
+            raise RuntimeError(
+                f"{repo_id} exists and is public, nothing was uploaded; make it private in its settings, use another "
+                "--repo, or leave out --private"
+            )
+        with hub_errors():
+            if revision not in (None, "main"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                allow_patterns=[file.name for file in files],
+                commit_message=f"{model_name}, with timm-dgconv {__version__}",
+            )
+            cache = Path(work, "cache")
+            downloads = {
+                file: hf_hub_download(repo_id, file.name, revision=commit.oid, cache_dir=cache) for file in files
+            }
+        for file, path in downloads.items():
+            if (digest := sha256(Path(path))) != file.sha256:
+                raise RuntimeError(
+                    f"the Hub returns another {file.name} than was uploaded to {repo_id}: sha256 {digest} instead of "
+                    f"{file.sha256}; delete the file there and publish again"
+                )
+    return Published(files, model_name, hub_id, str(url))
+
+
+def _check_folder(folder: Path, model_name: str | None) -> str:
+    """Return the name of the model in a converted folder.
+
+    Raises:
+        ValueError: If timm cannot load the folder, or it has another model.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; use a folder that timm-dgconv convert wrote")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+        reload(folder)
+    except Exception as error:  # users edit the files
+        raise ValueError(f"timm cannot load {folder}: {one_line(error)}") from error
+    if model_name not in (None, found):
+        raise ValueError(f"{folder} is {found}, not {model_name}; leave out --model, or convert it again")
+    return found

@@ -1,0 +1,1 @@
+"""Layers: dynamic grouping convolution."""
