@@ -1,6 +1,6 @@
-"""The suite on all pairs of the oldest and newest supported torch and timm, and inside other libraries: ``nox``.
+"""Test sessions on other versions and with other libraries: ``nox``, or ``nox -s NAME``.
 
-One of them: ``nox -s "tests(torch='oldest', timm='newest')"``; what follows ``--`` goes to pytest.
+Arguments after ``--`` go to pytest. One pair of versions: ``nox -s "tests(torch='oldest', timm='newest')"``.
 """
 
 from pathlib import Path
@@ -8,14 +8,14 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "venv"
-PYTEST = ("pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
 @nox.session
 @nox.parametrize("timm", ["oldest", "newest"])
 @nox.parametrize("torch", ["oldest", "newest"])
 def tests(session: nox.Session, torch: str, timm: str) -> None:
-    """The whole suite; timm's Hub client and safetensors are as old as timm."""
+    """Run the tests with the oldest or newest supported torch and timm. huggingface_hub and safetensors follow timm."""
     pins = Path("tests/constraints-oldest.txt").read_text().splitlines()
     versions = {"torch": torch}
     chosen = [pin for pin in pins if "==" in pin and versions.get(pin.partition("==")[0], timm) == "oldest"]
@@ -23,18 +23,25 @@ def tests(session: nox.Session, torch: str, timm: str) -> None:
     constraints.write_text("\n".join(chosen))
     session.install("-c", str(constraints), "-e", ".[test]")
     session.run("python", "-c", "import timm, torch; print('timm', timm.__version__, 'torch', torch.__version__)")
-    session.run(*PYTEST, *session.posargs)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def pythons(session: nox.Session) -> None:
+    """Run the tests on all supported Python versions, with the newest torch and timm."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs)
 
 
 @nox.session
 def clients(session: nox.Session) -> None:
-    """Programs of others that build on timm."""
+    """Run the tests of libraries that build on timm."""
     session.install("-e", ".[test,clients]")
-    session.run("pytest", "tests/test_clients.py", *session.posargs)
+    session.run("pytest", "-m", "client", *session.posargs)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """What takes minutes: larger numbers of examples, whole runs."""
+    """Run the tests that take longer."""
     session.install("-e", ".[test]")
-    session.run(*PYTEST, "-m", "slow", *session.posargs)
+    session.run("pytest", "-m", "slow and not client", *session.posargs)

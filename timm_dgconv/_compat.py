@@ -11,6 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""The attributes of a module that hold its hooks. torch has no public way to list them."""
+
+WRAPPED = ("module", "_orig_mod")
+"""The name of the model in the wrappers of parallel training and averaging, and in that of torch.compile."""
+
 MODEL_ARGS = "_model_args"
 """The attribute of a model in which timm >= 1.0.31 records its arguments, to write them to config.json."""
 

@@ -97,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train on scikit-learn's digits, nothing downloaded",
-        description="Train a G-ResNeXt on scikit-learn's handwritten digits (extra 'demo'). Print the held-out accuracy "
-        "and the learned groups of each layer, write the model, reload it with timm and compare the outputs. This takes "
-        "less than five minutes on two CPU cores with the defaults.",
+        description="Train a G-ResNeXt on scikit-learn's digits (extra 'demo'). Print the held-out accuracy and "
+        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs. With the "
+        "defaults this takes less than five minutes on two CPU cores.",
         formatter_class=with_defaults,
     )
     demo.add_argument(
@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         parents=[weights],
         help="convert a checkpoint into a folder that timm loads",
-        description="Read a checkpoint without executing code in it, write model.safetensors, config.json and the model "
-        "card, reload the folder with timm and compare the outputs. timm then takes local-dir:DIR as a model name.",
+        description="Read a checkpoint without executing code in it. Write model.safetensors, config.json and a "
+        "model card, reload the folder with timm and compare the outputs. timm then takes local-dir:DIR as a name.",
     )
     convert.add_argument(
         "source",

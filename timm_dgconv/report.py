@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_dgconv import _compat
 from timm_dgconv.layers import grouping
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.compact import groupable_blocks
@@ -323,7 +324,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """Return the model in the wrappers of parallel training, torch.compile and weight averaging."""
     while True:
         children = dict(model.named_children())
-        if list(children) not in (["module"], ["_orig_mod"]):
+        if len(children) != 1 or not children.keys() <= set(_compat.WRAPPED):
             return model
         (model,) = children.values()
 
@@ -429,7 +430,7 @@ def _without_data(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
     result = copy.deepcopy(model, memo).eval()
     for copied, module in zip(result.modules(), model.modules(), strict=True):
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
+        for name in _compat.HOOKS:
             hooks: dict[int, Callable[..., Any]] = getattr(copied, name)
             shared = getattr(module, name)
             # deepcopy does not copy functions, so they would see this run. It copies bound methods, which timm's
