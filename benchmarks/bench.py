@@ -1,16 +1,30 @@
-"""Time and memory of layers and networks, as ratios to timm's, measured in one run."""
+"""Measure the time and memory of layers and networks as ratios to timm's ResNeXt.
 
+    python benchmarks/bench.py train                              # forward and backward
+    python benchmarks/bench.py sgd --model g_resnext101           # with an optimizer step
+    python benchmarks/bench.py infer --compile --forms learnable deployed
+    python benchmarks/bench.py memory                             # peak memory of training
+    python benchmarks/bench.py layers --json layers.json --plot layers.png
+
+Each round measures every network once, so that a slow minute of the machine affects all of them alike. The output is
+one row per network and memory format: the median time, and the median and quartiles over the rounds of the ratio to
+the ResNeXt with the same widths (layers: to torch.nn.Conv2d with the same groups).
+"""
+
+import argparse
+import itertools
 import json
 import math
 import platform
-import resource
+import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +34,10 @@ from huggingface_hub.utils import tqdm
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_dgconv import group_conv
-from timm_dgconv.dgconv import LOADED_GATE, DGConv2d
+from timm_dgconv import DGConv2d, freeze_groups, plots
+from timm_dgconv.layers import dgconv_op
+from timm_dgconv.layers.dgconv import PRETRAINED_GATE
+from timm_dgconv.layers.spans import Spans, lowest
 
 Row = dict[str, Any]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -29,68 +45,55 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BASELINES = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d", "test_g_resnext": "test_resnet"}
 FORMS = {
     "learnable": "gates that learn",
-    "frozen": "gates with requires_grad off",
-    "masked dense": "the original's way: a dense convolution with a masked weight",
+    "frozen": "gates without gradients",
+    "masked dense": "a dense convolution with a masked weight, as in the original release",
     "deployed": "timm.utils.reparameterize_model",
 }
 
 
-def set_groups(module: nn.Module, groups: int, scattered: bool = False) -> None:
-    """Close as many gates of each DGConv2d as this number of groups takes.
+def set_groups(module: nn.Module, groups: int, permuted: bool = False) -> None:
+    """Set the number of groups of every DGConv2d.
 
     Args:
-        module: A model or layer.
-        groups: A power of two; layers with fewer gates close all.
-        scattered: Close random gates (by torch's generator) rather than the first, which make groups contiguous.
+        module: A model or a layer.
+        groups: A power of two. Layers with too few gates close all of them.
+        permuted: Close random gates instead of the first ones, so that the groups are not contiguous.
 
     Raises:
-        ValueError: If groups is no power of two.
+        ValueError: If the number is not a power of two.
     """
     if groups < 1 or groups & (groups - 1):
         raise ValueError(f"groups={groups} must be a power of two")
     with torch.no_grad():
         for conv in (m for m in module.modules() if isinstance(m, DGConv2d)):
             bits = conv.gate.numel()
-            order = torch.randperm(bits) if scattered else torch.arange(bits)
-            conv.gate.fill_(LOADED_GATE)[order[: groups.bit_length() - 1]] = -LOADED_GATE
+            order = torch.randperm(bits) if permuted else torch.arange(bits)
+            conv.gate.fill_(PRETRAINED_GATE)[order[: groups.bit_length() - 1]] = -PRETRAINED_GATE
 
 
-class _MaskedDense(nn.Module):
-    """A DGConv2d as the original computes it."""
-
-    def __init__(self, conv: DGConv2d) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        weight = conv.weight * conv.connectivity()[:, :, None, None]
-        return nn.functional.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
-
-
-def build(name: str, form: str, groups: int, scattered: bool = False) -> nn.Module:
-    """A timm model; one of ours in one of `FORMS`, with this number of groups in each layer."""
+def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Module:
+    """Build a timm model. A G-ResNeXt gets this number of groups in each layer and one of the `FORMS`."""
     model = timm.create_model(name)
-    set_groups(model, groups, scattered)
+    set_groups(model, groups, permuted)
     if form == "frozen":
-        for conv in (m for m in model.modules() if isinstance(m, DGConv2d)):
-            conv.gate.requires_grad_(False)
+        freeze_groups(model)
     elif form == "masked dense":
-        for block in [m for m in model.modules() if isinstance(getattr(m, "conv2", None), DGConv2d)]:
-            block.conv2 = _MaskedDense(block.conv2)
+        for conv in (m for m in model.modules() if isinstance(m, DGConv2d)):
+            conv.forward = conv.masked_dense
     elif form == "deployed":
         model = reparameterize_model(model.eval())
     return model
 
 
 def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str, title: str) -> dict[str, list[float]]:
-    """Seconds of every call, all of them once a round, so that a slower minute of the machine hits all alike."""
+    """Return the seconds of every call in every round. Two warm-up calls come first."""
+    is_cuda = torch.device(device).type == "cuda"
 
     def timed(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if is_cuda:
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     for call in calls.values():
@@ -104,7 +107,7 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str, ti
 
 
 def summary(times: Sequence[float], baseline: Sequence[float]) -> Row:
-    """Median milliseconds, and the ratio to the baseline of the same round: median and quartiles."""
+    """Return the median in milliseconds, and the median and quartiles of the ratio to the baseline's same round."""
     ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
@@ -115,136 +118,100 @@ def summary(times: Sequence[float], baseline: Sequence[float]) -> Row:
     }
 
 
-def versions(device: str) -> Row:
-    """What the figures depend on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
+def layers(args: argparse.Namespace) -> list[Row]:
+    """Measure forward and backward of a 3x3 layer for each width, memory format, number of groups and span.
 
-
-def layers(
-    device: str,
-    dtype: str,
-    formats: Sequence[str],
-    widths: Sequence[int],
-    batch_size: int,
-    rounds: int,
-) -> list[Row]:
-    """Forward and backward of one 3x3 layer: width x groups x memory format x span of the weight gradient.
-
-    The image side is that of a ResNeXt on 160 pixels at this width, at most 40. The ratio is to torch.nn.Conv2d with
-    these groups.
+    The input has the height and width of the features of this width in a ResNeXt for images of 160 pixels, at most 40.
+    In the rows, the way "policy" has the spans that the layer chooses, the way "2" has two closed bits in the span of
+    the weight gradient, and the way "masked dense" has all bits in both spans.
     """
     rows = []
-    torch_dtype = DTYPES[dtype]
-    for width in widths:
+    like: Any = dict(device=args.device, dtype=DTYPES[args.dtype])
+    for width, name in itertools.product(args.widths, args.formats):
         side = max(1, min(40, 5120 // width))
-        for name in formats:
-            like: Any = dict(device=device, dtype=torch_dtype)
-            x = torch.randn(batch_size, width, side, side, **like).to(memory_format=FORMATS[name]).requires_grad_()
-            grad = torch.randn_like(x)
-            for closed in range(width.bit_length()):
-                groups = 1 << closed
-                fixed = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False, **like)
-                conv = DGConv2d(width, width, 3, padding=1, bias=False, **like)
-                set_groups(conv, groups)
-
-                calls: dict[str, Callable[[], Any]] = {
-                    "fixed": partial(_step, fixed, x, grad),
-                    "policy": partial(_step, conv, x, grad),
-                }
-                for wider in range(closed + 1):
-                    # The lowest closed bits, so that the order of channels stays.
-                    span = ((1 << wider) - 1) << (width.bit_length() - 1 - closed)
-                    calls[str(wider)] = partial(_step, conv, x, grad, (0, span))
-                calls["masked dense"] = partial(_step, conv, x, grad, (width - 1, width - 1))
-                times = interleave(calls, rounds, device, f"{width} channels, {groups} groups, {name}")
-                for way, seconds in times.items():
-                    row = dict(width=width, side=side, groups=groups, format=name, way=way)
-                    rows.append({**row, **summary(seconds, times["fixed"])})
+        x = torch.randn(args.batch_size, width, side, side, **like).to(memory_format=FORMATS[name]).requires_grad_()
+        grad = torch.randn_like(x)
+        conv = DGConv2d(width, width, 3, padding=1, bias=False, **like)
+        all_bits = (1 << conv.gate.numel()) - 1
+        for num_closed in range(conv.gate.numel() + 1):
+            groups = 1 << num_closed
+            set_groups(conv, groups)
+            fixed = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False, **like)
+            calls: dict[str, Callable[[], Any]] = {
+                "fixed": partial(_layer_step, fixed, x, grad),
+                "policy": partial(_layer_step, conv, x, grad),
+            }
+            for n in range(num_closed + 1):
+                calls[str(n)] = partial(_layer_step, conv, x, grad, (0, lowest(conv.closed, n)))
+            calls["masked dense"] = partial(_layer_step, conv, x, grad, (all_bits, all_bits))
+            times = interleave(calls, args.rounds, args.device, f"{width} channels, {groups} groups, {name}")
+            for way, seconds in times.items():
+                row = dict(width=width, side=side, groups=groups, format=name, way=way)
+                rows.append({**row, **summary(seconds, times["fixed"])})
     return rows
 
 
-def _step(layer: nn.Module, x: Tensor, grad: Tensor, spans: group_conv.Spans | None = None) -> None:
-    if isinstance(layer, DGConv2d):
-        layer.spans = spans
-    torch.autograd.backward(layer(x), grad, inputs=[x, *layer.parameters()])
+def _layer_step(layer: nn.Conv2d, x: Tensor, grad: Tensor, spans: Spans | None = None) -> None:
+    if isinstance(layer, DGConv2d) and spans is not None:
+        geometry: Any = (layer.stride, layer.padding, layer.dilation)
+        y = dgconv_op.dgconv2d(x, layer.weight, layer.bias, layer.gate, *geometry, layer.sort, spans)
+    else:
+        y = layer(x)
+    torch.autograd.backward(y, grad, inputs=[x, *layer.parameters()])
     layer.zero_grad()
     x.grad = None
 
 
-def networks(
-    model: str,
-    device: str,
-    dtype: str,
-    formats: Sequence[str],
-    what: str,
-    batch_size: int,
-    image_size: int,
-    groups: int,
-    scattered: bool,
-    compiled: bool,
-    rounds: int,
-    others: Sequence[str] = (),
-    forms: Sequence[str] | None = None,
-) -> list[Row]:
-    """A training step or inference of ours and of timm's ResNeXt with the same widths.
+def networks(args: argparse.Namespace) -> list[Row]:
+    """Measure a training step or inference of each network in each memory format.
 
-    Args:
-        model: One of ours.
-        device: "cpu" or "cuda".
-        dtype: "float32", or that of autocast.
-        formats: Of "nchw" and "nhwc".
-        what: "train" (forward and backward), "sgd" (with an optimizer step, momentum 0.9) or "infer".
-        batch_size: Number of images.
-        image_size: Their side in pixels.
-        groups: Number of groups of each layer.
-        scattered: Closed gates at random places, so that channels are permuted.
-        compiled: With torch.compile.
-        rounds: Number of measurements of each.
-        others: Further timm models.
-        forms: Keys of `FORMS`; those that `what` can have by default.
-
-    Returns:
-        A row for each model, form and memory format; `largest_difference` to the learnable form where it infers.
+    Rows of inference contain the largest difference of the logits to the learnable form, relative to its largest logit.
     """
-    baseline = BASELINES[model]
-    forms = list(forms or (FORMS if what == "infer" else [form for form in FORMS if form != "deployed"]))
-    autocast: Any = nullcontext if dtype == "float32" else lambda: torch.autocast(device, DTYPES[dtype])
+    baseline = BASELINES[args.model]
+    device = torch.device(args.device)
+    autocast: Any = nullcontext
+    if args.dtype != "float32":
+        autocast = partial(torch.autocast, device.type, DTYPES[args.dtype])
     rows: list[Row] = []
-    for name in formats:
-        x = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=FORMATS[name])
+    for name in args.formats:
+        x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+        x = x.to(memory_format=FORMATS[name])
         calls: dict[str, Callable[[], Any]] = {}
         outputs: dict[str, Tensor] = {}
-        for label in (baseline, *others, *(f"{model}, {form}" for form in forms)):
+        for label, (model, form) in _labels(args).items():
             torch.manual_seed(0)
-            form = label.partition(", ")[2]
-            net = build(label.partition(", ")[0], form, groups, scattered)
-            net = net.to(device).to(memory_format=FORMATS[name])
-            net.train(what != "infer")
-            run: Any = torch.compile(net) if compiled else net
-            if what == "infer":
+            net: Any = build(model, form, args.groups, args.permuted).train(args.what != "infer")
+            net.to(device, memory_format=FORMATS[name])
+            run = torch.compile(net) if args.compile else net
+            if args.what == "infer":
                 calls[label] = partial(_infer, run, x, autocast)
                 if form:
                     outputs[label] = calls[label]().float()
             else:
-                optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if what == "sgd" else None
+                optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if args.what == "sgd" else None
                 calls[label] = partial(_train, run, x, autocast, optimizer)
-        times = interleave(calls, rounds, device, f"{model}, {what}, {name}")
+        times = interleave(calls, args.rounds, args.device, f"{args.model}, {args.what}, {name}")
         for label, seconds in times.items():
-            row = dict(model=label, what=what, format=name, dtype=dtype, compiled=compiled, batch=batch_size)
-            row.update(image=image_size, groups=groups, scattered=scattered, **summary(seconds, times[baseline]))
+            row = dict(model=label, what=args.what, format=name, dtype=args.dtype, compiled=args.compile)
+            row.update(batch=args.batch_size, image=args.img_size, groups=args.groups, permuted=args.permuted)
+            row.update(summary(seconds, times[baseline]))
             if label in outputs:
-                reference = outputs.get(f"{model}, learnable", outputs[label])
+                reference = outputs.get(f"{args.model}, learnable", outputs[label])
                 row["largest_difference"] = float((outputs[label] - reference).abs().max() / reference.abs().max())
             rows.append(row)
-        calls.clear()
-    _best_formats(rows, baseline)
+    best = {row["model"]: math.inf for row in rows}
+    for row in rows:
+        best[row["model"]] = min(row["ms"], best[row["model"]])
+    for row in rows:
+        row["ratio_of_better_formats"] = round(best[row["model"]] / best[baseline], 3)
     return rows
+
+
+def _labels(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Return name and form of the networks by the label of their rows. The ResNeXt comes first."""
+    forms = args.forms or [form for form in FORMS if form != "deployed" or args.what == "infer"]
+    labels = {name: (name, "") for name in (BASELINES[args.model], *args.others)}
+    return labels | {f"{args.model}, {form}": (args.model, form) for form in forms}
 
 
 def _infer(net: nn.Module, x: Tensor, autocast: Any) -> Tensor:
@@ -261,47 +228,44 @@ def _train(net: nn.Module, x: Tensor, autocast: Any, optimizer: torch.optim.Opti
     net.zero_grad()
 
 
-def _best_formats(rows: list[Row], baseline: str) -> None:
-    """Add the ratio of each one's better memory format to the baseline's."""
-    best: dict[str, float] = {}
-    for row in rows:
-        best[row["model"]] = min(row["ms"], best.get(row["model"], math.inf))
-    for row in rows:
-        row["ratio_of_better_formats"] = round(best[row["model"]] / best[baseline], 3)
-
-
-def memory(model: str, device: str, form: str, batch_size: int, image_size: int, groups: int) -> float:
-    """Peak memory of two training steps in MiB, of this process, so call it in a new one.
-
-    On a CPU the peak resident size above that before the first step; on CUDA what torch has allocated at most.
-    """
-    net = build(model, form, groups).to(device)
-    x = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    for _ in range(2):
-        net(x).square().mean().backward()
-        net.zero_grad()
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-
-
-def memories(model: str, device: str, batch_size: int, image_size: int, groups: int) -> list[Row]:
-    """`memory` of the ResNeXt and of ours, each in a process of its own."""
+def memories(args: argparse.Namespace) -> list[Row]:
+    """Measure the peak memory of training each network, each in a new process."""
     rows = []
-    labels = [(BASELINES[model], ""), *((model, form) for form in FORMS if form != "deployed")]
-    for name, form in tqdm(labels, desc=f"{model}, peak memory", leave=False):
-        arguments = (name, device, form, batch_size, image_size, groups)
-        code = f"from timm_dgconv import bench; print(bench.memory(*{arguments!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1:]}")
-        rows.append({"model": f"{name}, {form}" if form else name, "MiB": round(float(done.stdout.split()[-1]))})
+    for label, (model, form) in tqdm(_labels(args).items(), desc=f"{args.model}, peak memory", leave=False):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            peak = executor.submit(memory, model, args.device, form, args.batch_size, args.img_size, args.groups)
+            rows.append({"model": label, "MiB": round(peak.result())})
     return rows
 
 
+def memory(model: str, device: str, form: str, batch_size: int, image_size: int, groups: int) -> float:
+    """Return the peak memory of two training steps in MiB. Call it once per process.
+
+    On a CPU this is the growth of the peak resident size since the model was built, on CUDA the peak of torch's
+    allocator.
+    """
+    is_cuda = torch.device(device).type == "cuda"
+    net = build(model, form, groups).to(device)
+    x = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    before = 0.0 if is_cuda else _peak_resident()
+    for _ in range(2):
+        net(x).square().mean().backward()
+        net.zero_grad()
+    return torch.cuda.max_memory_allocated(device) / 2**20 if is_cuda else _peak_resident() - before
+
+
+def _peak_resident() -> float:
+    """Return the peak resident size of this process in MiB."""
+    try:
+        import resource
+    except ImportError:
+        raise RuntimeError("peak memory on a CPU is not available on Windows, which has no module resource") from None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table."""
+    """Format rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def text(value: Any) -> str:
@@ -315,57 +279,107 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Step time over number of groups, a panel a width and memory format, a line a span, from `layers`."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise RuntimeError("plots need matplotlib: pip install 'timm-dgconv[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    """Draw the rows of `layers`: time over the number of groups, one panel per width and format, one line per way."""
+    from matplotlib.figure import Figure
 
-    widths, formats = (sorted({row[key] for row in rows}) for key in ("width", "format"))
-    figure, axes = pyplot.subplots(
-        len(formats), len(widths), figsize=(3.2 * len(widths), 2.9 * len(formats) + 0.8), squeeze=False
-    )
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    styles: dict[str, dict[str, Any]] = {
-        "fixed": dict(color="black", linestyle="--", label="nn.Conv2d with these groups"),
-        "masked dense": dict(color="black", linestyle=":", label="masked dense"),
-        "policy": dict(color="black", linewidth=0, marker="o", markersize=5, label="what the policy takes"),
-    }
-    spans = [way for way in ways if way not in styles]
-    for n, way in enumerate(spans):
-        gray = 0.15 + 0.7 * n / max(1, len(spans) - 1)
-        styles[way] = dict(color=str(gray), marker="x^sv+d1234<"[n % 11], markersize=4, linewidth=0.9)
-        styles[way]["label"] = "D' = open bits" if way == "0" else f"and {way} more"
-    for i, name in enumerate(formats):
-        for j, width in enumerate(widths):
-            axis = axes[i][j]
-            for way in ways:
-                points = [
-                    (r["groups"], r["ms"]) for r in rows if (r["format"], r["width"], r["way"]) == (name, width, way)
-                ]
-                axis.plot(*zip(*points, strict=True), **styles[way]) if points else None
-            axis.set(xscale="log", yscale="log", title=f"{width} channels, {name}")
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-            if i == len(formats) - 1:
-                axis.set_xlabel("groups")
-            if j == 0:
-                axis.set_ylabel("forward + backward, ms")
-    handles, labels = axes[0][-1].get_legend_handles_labels()
+    formats, ways = (list(dict.fromkeys(row[key] for row in rows)) for key in ("format", "way"))
+    widths = sorted({row["width"] for row in rows})
+    styles = {"fixed": "k--", "masked dense": "k:", "policy": "ko"}
+    figure = Figure(figsize=(3.2 * len(widths), 2.9 * len(formats) + 0.8), layout="constrained")
+    panels = figure.subplots(len(formats), len(widths), squeeze=False)
+    for axis, (name, width) in zip(panels.flat, itertools.product(formats, widths), strict=True):
+        for way in ways:
+            these = [row for row in rows if (row["format"], row["width"], row["way"]) == (name, width, way)]
+            x, y = ([row[key] for row in these] for key in ("groups", "ms"))
+            if way in styles:
+                axis.plot(x, y, styles[way], label=way, markersize=5)
+            else:
+                style: Any = dict(marker="x^sv+d1234"[int(way) % 10], color=str(0.15 + 0.7 * int(way) / len(ways)))
+                axis.plot(x, y, **style, label=f"{way} closed bits spanned", markersize=4, linewidth=0.9)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(yscale="log", title=f"{width} channels, {name}", xlabel="groups", ylabel="forward + backward, ms")
+    figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     figure.suptitle(title, fontsize=10)
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.06 + 0.06 / len(formats), 1, 1))
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
-def save(rows: Sequence[Row], path: Path, command: str, device: str) -> None:
-    """Write rows with versions and command as JSON."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps({"command": command, **versions(device), "rows": list(rows)}, indent=1) + "\n")
-    beside.replace(path)
+def versions(device: str) -> Row:
+    """Return what the figures depend on."""
+    is_cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(rows: Sequence[Row], path: Path, device: str) -> None:
+    """Write rows with the command of this process and the versions as JSON."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    path.write_text(json.dumps({"command": command, **versions(device), "rows": list(rows)}, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument(
+        "what",
+        choices=["train", "sgd", "infer", "memory", "layers"],
+        help="forward and backward; the same with an optimizer step; inference; peak memory of training; forward and "
+        "backward of single layers over the spans of the weight gradient",
+    )
+    parser.add_argument("--model", default="g_resnext50", choices=list(BASELINES), help="G-ResNeXt to measure")
+    parser.add_argument("--others", nargs="*", default=[], metavar="NAME", help="further timm models to measure")
+    parser.add_argument(
+        "--forms",
+        nargs="*",
+        choices=list(FORMS),
+        metavar="FORM",
+        help="forms of the G-ResNeXt: " + "; ".join(f"'{form}' ({text})" for form, text in FORMS.items()),
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of autocast, or of the layers")
+    parser.add_argument(
+        "--format", dest="formats", nargs=1, default=list(FORMATS), choices=list(FORMATS), help="memory format"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="images per step")
+    parser.add_argument("--img-size", type=int, default=160, metavar="N", help="side of the images in pixels")
+    parser.add_argument("--groups", type=int, default=32, metavar="N", help="groups of every layer")
+    parser.add_argument("--permuted", action="store_true", help="close random gates, so that channels are permuted")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument(
+        "--widths", type=int, nargs="*", default=[128, 256, 512, 1024], metavar="C", help="channels of layers"
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each network or layer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows of layers (extra 'plot')")
+    return parser
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = _parser()
+    args = parser.parse_args()
+    if args.plot and args.what != "layers":
+        parser.error("--plot draws layers only: python benchmarks/bench.py layers --plot FILE")
+    try:
+        if args.plot:
+            plots.check(args.plot)
+        rows = {"layers": layers, "memory": memories}.get(args.what, networks)(args)
+        print(table(rows))
+        print(", ".join(f"{key} {value}" for key, value in versions(args.device).items()))
+        if args.json:
+            save(rows, args.json, args.device)
+        if args.plot:
+            plot(rows, args.plot, f"{versions(args.device)['device']}, {args.dtype}, batch {args.batch_size}")
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,19 @@
-"""How far from zero the gates of a loaded ResNeXt should be: fine-tuning after `dgconv.LOADED_GATE` = 1e-8 to 0.1.
+"""Measure fine-tuning with the gates of a loaded ResNeXt at different distances from zero (`PRETRAINED_GATE`).
 
-A small ResNeXt (one block a stage) is trained on 600 of scikit-learn's digits, loaded into the G-ResNeXt of the same
-widths, and fine-tuned on 600 other digits. Printed for each optimizer and margin: held-out accuracy of the ResNeXt,
-after the first step and after epochs 1 and 10, and how many gates have changed sides by then. Accuracy after the first
-step is measured with the running statistics of the ResNeXt.
+    python benchmarks/gate_margin.py --out gate_margin.json
+
+A small ResNeXt with one block per stage trains on 600 of scikit-learn's digits. The G-ResNeXt of the same widths loads
+its weights and trains on 600 other digits. Each row has the held-out accuracy of the ResNeXt, and the held-out accuracy
+and the number of moved gates after the first step and after the epochs 1 and 10. A gate has moved if it is on the other
+side of zero than after loading. The accuracy after the first step uses the running statistics of the ResNeXt.
 """
 
 import argparse
-import json
-import platform
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import bench
 import timm
 import timm.optim
 import torch
@@ -18,11 +21,14 @@ from sklearn.datasets import load_digits
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from timm_dgconv import DGConv2d, dgconv
+from timm_dgconv import DGConv2d
+from timm_dgconv.layers import dgconv
 
-MODEL = dict(layers=(1, 1, 1, 1), cardinality=8, base_width=8, channels=(64, 64, 128, 128), num_classes=10)
+MODEL: dict[str, Any] = dict(
+    layers=(1, 1, 1, 1), cardinality=8, base_width=8, channels=(64, 64, 128, 128), num_classes=10
+)
 MARGINS = (1e-8, 1e-3, 3e-3, 1e-2, 1e-1)
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, dict[str, Any]] = {
     "momentum 0.03": dict(opt="momentum", lr=0.03),
     "momentum 0.003": dict(opt="momentum", lr=0.003),
     "adamw 1e-3": dict(opt="adamw", lr=1e-3),
@@ -30,10 +36,12 @@ OPTIMIZERS = {
 }
 BATCH = 50
 EPOCHS = 10
+PRETRAINING_EPOCHS = 30
+Data = tuple[Tensor, Tensor]
 
 
-def top1(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Accuracy in percent."""
+def top1(model: nn.Module, data: Data) -> float:
+    """Return the accuracy in percent."""
     model.eval()
     with torch.inference_mode():
         correct = (model(data[0]).argmax(1) == data[1]).float().mean().item()
@@ -42,14 +50,12 @@ def top1(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def signs(model: nn.Module) -> Tensor:
-    """Sign bits of all gates."""
+    """Return the sign bits of all gates."""
     return torch.cat([m.gate.detach().signbit() for m in model.modules() if isinstance(m, DGConv2d)])
 
 
-def epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], steps: int | None = None
-) -> None:
-    """One epoch, or its first steps."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, steps: int | None = None) -> None:
+    """Train for one epoch, or for its first steps."""
     for batch in torch.randperm(len(data[0])).split(BATCH)[:steps]:
         loss = nn.functional.cross_entropy(model(data[0][batch]), data[1][batch])
         optimizer.zero_grad()
@@ -57,64 +63,69 @@ def epoch(
         optimizer.step()
 
 
+def pretrain(data: Data) -> nn.Module:
+    """Train the ResNeXt."""
+    resnext = ResNet(Bottleneck, **MODEL)
+    optimizer = timm.optim.create_optimizer_v2(resnext, opt="adamw", lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=PRETRAINING_EPOCHS)
+    for _ in range(PRETRAINING_EPOCHS):
+        train(resnext, optimizer, data)
+        schedule.step()
+    return resnext
+
+
+def fine_tune(
+    resnext: nn.Module, margin: float, optimizer_args: dict[str, Any], data: Data, held_out: Data
+) -> bench.Row:
+    """Load the ResNeXt with gates at this distance from zero, and fine-tune."""
+    dgconv.PRETRAINED_GATE = margin
+    model = timm.create_model("test_g_resnext", **MODEL)
+    model.load_state_dict(resnext.state_dict())
+    start = signs(model)
+    row = {"resnext": top1(resnext, held_out), "gates": len(start)}
+    assert abs(top1(model, held_out) - row["resnext"]) < 0.5, "loading has changed the outputs"
+    optimizer = timm.optim.create_optimizer_v2(model, **optimizer_args)
+    statistics = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    train(model, optimizer, data, steps=1)
+    model.load_state_dict(statistics, strict=False)
+    row["step1"], row["step1 moved"] = top1(model, held_out), int((signs(model) != start).sum())
+    for epoch in range(1, EPOCHS + 1):
+        train(model, optimizer, data)
+        if epoch in (1, EPOCHS):
+            row[f"epoch{epoch}"], row[f"epoch{epoch} moved"] = top1(model, held_out), int((signs(model) != start).sum())
+    return row
+
+
+def study(seeds: int) -> Iterator[bench.Row]:
+    """Yield one row per seed, optimizer and margin."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+    images = nn.functional.interpolate(images, scale_factor=4).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.tensor(digits.target)
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        order = torch.randperm(len(images)).split([600, 600, len(images) - 1200])
+        first, second, held_out = ((images[indices], labels[indices]) for indices in order)
+        resnext = pretrain(first)
+        for name, optimizer_args in OPTIMIZERS.items():
+            for margin in MARGINS:
+                torch.manual_seed(seed)
+                row = fine_tune(resnext, margin, optimizer_args, second, held_out)
+                yield {"seed": seed, "optimizer": name, "margin": margin, **row}
+
+
 def main() -> None:
-    """Run the study and write it as JSON."""
+    """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gate_margin.json"))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    digits = load_digits()
-    images = nn.functional.interpolate(
-        torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, scale_factor=4
-    )
-    images, labels = images.expand(-1, 3, -1, -1).contiguous(), torch.tensor(digits.target)
     rows = []
-    for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        order = torch.randperm(len(images))
-        first, second, held_out = ((images[i], labels[i]) for i in order.split([600, 600, len(images) - 1200]))
-        resnext = ResNet(Bottleneck, **MODEL)
-        optimizer = timm.optim.create_optimizer_v2(resnext, opt="adamw", lr=2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
-        for _ in range(30):
-            epoch(resnext, optimizer, first)
-            schedule.step()
-        before = top1(resnext, held_out)
-        for name, optimizer_args in OPTIMIZERS.items():
-            for margin in MARGINS:
-                dgconv.LOADED_GATE = margin
-                torch.manual_seed(seed)
-                model = timm.create_model("test_g_resnext", **MODEL)
-                model.load_state_dict(resnext.state_dict())
-                start = signs(model)
-                assert abs(top1(model, held_out) - before) < 0.5, "loading changed the function"
-                optimizer = timm.optim.create_optimizer_v2(model, **optimizer_args)
-                row = {"seed": seed, "optimizer": name, "margin": margin, "resnext": before, "gates": len(start)}
-                state = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
-                epoch(model, optimizer, second, steps=1)
-                model.load_state_dict(state, strict=False)
-                row["step1"], row["step1 moved"] = top1(model, held_out), int((signs(model) != start).sum())
-                for number in range(1, EPOCHS + 1):
-                    epoch(model, optimizer, second)
-                    if number in (1, EPOCHS):
-                        row[f"epoch{number}"] = top1(model, held_out)
-                        row[f"epoch{number} moved"] = int((signs(model) != start).sum())
-                rows.append(row)
-                print(
-                    " ".join(
-                        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-                        for key, value in row.items()
-                    ),
-                    flush=True,
-                )
-    result = {
-        "command": "python benchmarks/gate_margin.py",
-        "device": "cpu, 2 cores",
-        "versions": {"timm": timm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for row in study(args.seeds):
+        rows.append(row)
+        values = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
+        print(*values, flush=True)
+    bench.save(rows, args.out, "cpu")
 
 
 if __name__ == "__main__":
