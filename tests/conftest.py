@@ -26,17 +26,36 @@ from safetensors import safe_open
 from torch import nn
 
 from timm_dgconv import DGConv2d
+from timm_dgconv.layers import gate_cache
 
 # Time limits of single examples say more about the machine than about the code.
 settings.register_profile("timm-dgconv", deadline=None)
 settings.load_profile("timm-dgconv")
 
 DATA = Path(__file__).parent / "data"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first, so that no worker is left alone with it at the end."""
     items.sort(key=lambda item: "test_timm_suite" not in item.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip a test marked gpu without CUDA. With CUDA, disable TF32 (cuDNN's default) and nondeterminism."""
+    if request.node.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.fixture(params=["read every time", "read once per pass"])
+def gate_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test twice: with gates read as on a CPU, and with gates read as on CUDA."""
+    if request.param == "read once per pass":
+        monkeypatch.setattr(gate_cache, "READ_DIRECTLY", set())
 
 
 CLIENT = "client"
@@ -48,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     outcomes: dict[str, list[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
-            client = dict(report.user_properties).get(CLIENT)
+            client = dict(getattr(report, "user_properties", ())).get(CLIENT)  # none after a failed collection
             if client is not None:
                 reason = report.longrepr[2].removeprefix("Skipped") if outcome == "skipped" else ""
                 outcomes.setdefault(client, []).append(outcome + reason)
@@ -70,6 +89,16 @@ def installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def conv_with(
+    closed: str, in_channels: int = 16, out_channels: int = 16, kernel_size: Any = 3, **kwargs: Any
+) -> DGConv2d:
+    """A DGConv2d whose gates are closed where the string has a 1. float16 rounds its gates to +-0.0."""
+    conv = DGConv2d(in_channels, out_channels, kernel_size, **kwargs)
+    with torch.no_grad():
+        conv.gate.copy_(torch.tensor([-1e-8 if bit == "1" else 1e-8 for bit in closed]))
+    return conv
 
 
 def gates(model: torch.nn.Module) -> list[torch.nn.Parameter]:

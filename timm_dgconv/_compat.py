@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim import Optimizer
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """The attributes of a module that hold its hooks. torch has no public way to list them."""
 
 WRAPPED = ("module", "_orig_mod")
-"""The name of the model in the wrappers of parallel training and averaging, and in that of torch.compile."""
+"""Names of the attribute that holds the model in the wrappers of parallel training, averaging and torch.compile."""
 
 MODEL_ARGS = "_model_args"
 """The attribute of a model in which timm >= 1.0.31 records its arguments, to write them to config.json."""
@@ -44,9 +45,27 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Return whether DataParallel has made this module for one forward pass."""
+    return getattr(module, "_is_replica", False)
+
+
 def flat_parameter_modules(parameter: Tensor) -> set[nn.Module]:
     """Return the modules whose parameters FullyShardedDataParallel has flattened into this one; usually none."""
     return {info.module for info in getattr(parameter, "_param_infos", ())}
+
+
+def hook_lookahead() -> None:
+    """Let the step of timm's Lookahead call the hooks of optimizers.
+
+    Lookahead does not call Optimizer.__init__, which installs them. It changes parameters after the step of its base
+    optimizer, so the hooks of that step are not enough.
+    """
+    from timm.optim import Lookahead
+
+    if not getattr(Lookahead.step, "hooked", False):
+        Lookahead.step = Optimizer.profile_hook_step(Lookahead.step)
+        Lookahead.step.hooked = True
 
 
 def save_config_for_hf(model: nn.Module, path: Path, model_args: dict[str, Any] | None = None) -> None:

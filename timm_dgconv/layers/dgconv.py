@@ -17,7 +17,7 @@ torch.fx.wrap("connectivity")
 PRETRAINED_GATE = 0.01
 """Distance from zero of the gates of a loaded group convolution.
 
-It is the smallest tested distance at which fine-tuning moves no gate in the first epoch and still moves some later. At
+It is the smallest tested distance at which fine-tuning flips no gate in the first epoch and some gates later. At
 the initial distance of 1e-8 the first step flips half of the gates (benchmarks/results/gate_margin.md).
 """
 
@@ -25,10 +25,10 @@ the initial distance of 1e-8 the first step flips half of the gates (benchmarks/
 class DGConv2d(nn.Conv2d):
     """Dynamic grouping convolution (DGConv, https://arxiv.org/abs/1908.05867): a convolution that learns its groups.
 
-    The layer has one gate per power of two that divides both channel counts. A gate decides whether channels are
-    connected whose indices differ in its bit. It is open where its sign bit is clear. With m closed gates the layer
-    computes a group convolution with 2^m groups. The forward pass binarises the gates, and the straight-through
-    estimator trains them.
+    The layer has one gate per power of two that divides both channel counts. Gate k belongs to bit k of the channel
+    index, the most significant bit first. An open gate connects the channels whose indices differ in its bit. A gate is
+    open if its sign bit is 0. With m closed gates the layer computes a group convolution with 2^m groups. The forward
+    pass binarises the gates, and the straight-through estimator trains them.
 
     An average of several layers (EMA, SWA, averaged checkpoints) averages the values of the gates, and the sign of the
     average decides. A gate with average 0.0 is open. The average may have groups that none of the averaged layers has.
@@ -58,7 +58,7 @@ class DGConv2d(nn.Conv2d):
         torch.nn.Conv2d.
 
     Raises:
-        ValueError: If the channel counts have no common factor two.
+        ValueError: If a channel count is not even.
         TypeError: If `groups` is given.
 
     Examples:
@@ -82,11 +82,11 @@ class DGConv2d(nn.Conv2d):
         stride: _size_2_t = 1,
         padding: str | _size_2_t = 0,
         dilation: _size_2_t = 1,
+        *,
         bias: bool = True,
         sort: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
         groups: None = None,
     ) -> None:
         if groups is not None:
@@ -108,6 +108,7 @@ class DGConv2d(nn.Conv2d):
         )
         self.sort = sort
         self.gate = nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype))
+        gate_cache.share_reader([self])
         self.reset_gate()
 
     def reset_parameters(self) -> None:
@@ -117,7 +118,7 @@ class DGConv2d(nn.Conv2d):
             self.reset_gate()
 
     def reset_gate(self) -> None:
-        """Set every gate to +1e-8 or -1e-8 at random, so that the first gradient decides (original release)."""
+        """Set every gate to +1e-8 or -1e-8 at random, so that the first step can flip any gate (original release)."""
         with torch.no_grad():
             self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
 
@@ -160,7 +161,7 @@ class DGConv2d(nn.Conv2d):
             self._remap_state_dict(state_dict, prefix)
         except ValueError as error:
             *_, error_msgs = args
-            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            error_msgs.append(f"{prefix[:-1]}: {error}" if prefix else str(error))
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -191,8 +192,8 @@ class DGConv2d(nn.Conv2d):
         shape = (self.out_channels, self.in_channels, *self.kernel_size)
         if weight.ndim != 4 or weight.shape[0] != shape[0] or weight.shape[2:] != shape[2:] or not weight.shape[1]:
             raise ValueError(
-                f"the checkpoint has a weight of shape {tuple(weight.shape)} and no gates; expected that of a group "
-                f"convolution, ({shape[0]}, {shape[1]} / groups, {shape[2]}, {shape[3]})"
+                f"the checkpoint has a weight of shape {tuple(weight.shape)} and no gates; expected a group "
+                f"convolution with a weight of shape ({shape[0]}, {shape[1]} / groups, {shape[2]}, {shape[3]})"
             )
         groups, rest = divmod(shape[1], weight.shape[1])
         num_bits = self.gate.numel()
@@ -243,5 +244,9 @@ class DGConv2d(nn.Conv2d):
             padding = (height // 2, width // 2)
         else:
             padding = self.padding  # type: ignore[assignment]
-        y = dgconv_op.dgconv2d(x, self.weight, self.bias, self.gate, self.stride, padding, self.dilation, self.sort)
+        reader: Any = self.gate_reader
+        closed = None if torch.compiler.is_compiling() else reader.closed(self)
+        y = dgconv_op.dgconv2d(
+            x, self.weight, self.bias, self.gate, self.stride, padding, self.dilation, self.sort, closed=closed
+        )
         return y if input.ndim == 4 else y.squeeze(0)

@@ -5,10 +5,9 @@ is a group convolution up to a permutation of its channels. It is also a group c
 with a weight that is masked to D inside the groups. The masked dense convolution is the case in which D' has all bits.
 
 Let S be a subset of D, and let R[x] be the sum of <W_ij, dL/dW'_ij> over all pairs with i XOR j = x. The gradient of
-gate k is the sum of R[{k} + S] over all S without k. If D' has bit k, these pairs lie inside the groups, and the weight
-gradient of the group convolution provides them. Otherwise they join each group with the group whose code differs in bit
-k, and one more weight gradient of a group convolution provides them. Nothing dense is computed, and nothing is
-approximated.
+gate k is the sum of R[{k} + S] over all S without k. If D' has bit k, the weight gradient of the group convolution
+contains these pairs. Otherwise each group is paired with the group that differs in bit k, and one extra weight gradient
+of a group convolution contains the pairs. No dense convolution is computed, and the gradients are exact.
 
 There are two spans D' to choose: one for the output and the input gradient, one for the weight gradient. A wider span
 costs arithmetic and may use the hardware better. In the weight gradient it also saves one convolution per closed gate.
@@ -36,7 +35,7 @@ def is_supported(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
     if torch.compiler.is_compiling():
         # An exported program must run without this package. A CUDA graph must not record one set of open bits.
         exporting = getattr(torch.compiler, "is_exporting", lambda: True)()
-        return not exporting and (input.device.type == "cpu" or _UNSAFE_IN_CUDA_GRAPHS != ())
+        return not exporting and (input.device.type == "cpu" or bool(_UNSAFE_IN_CUDA_GRAPHS))
     if _compat.transforms_are_active():
         return False  # a transform needs a form that torch differentiates itself
     return not gate_cache.is_capturing(input)
@@ -52,6 +51,7 @@ def dgconv2d(
     dilation: Sequence[int],
     sort: bool = False,
     spans: Spans | None = None,
+    closed: Sequence[bool] | None = None,
 ) -> Tensor:
     """Compute a dynamic grouping convolution as a group convolution.
 
@@ -65,6 +65,7 @@ def dgconv2d(
         dilation: Vertical and horizontal dilation.
         sort: See `timm_dgconv.layers.grouping.connectivity`.
         spans: The spans to compute with. If None, `choose_spans` chooses them.
+        closed: Which gates are closed. If None, the operator reads the gates.
 
     Returns:
         Output of shape (N, C_out, H_out, W_out).
@@ -83,7 +84,7 @@ def dgconv2d(
         raise RuntimeError(
             f"input has dtype {input.dtype} and weight has dtype {weight.dtype}; cast the input or the model"
         )
-    return torch.ops.timm_dgconv.dgconv2d(input, weight, bias, gate, stride, padding, dilation, sort, spans)
+    return torch.ops.timm_dgconv.dgconv2d(input, weight, bias, gate, stride, padding, dilation, sort, spans, closed)
 
 
 def _is_autocast(tensor: Tensor) -> bool:
@@ -99,10 +100,18 @@ class _Plan(NamedTuple):
     """The memory format of output and input gradient."""
 
 
-def _plan(input: Tensor, weight: Tensor, gate: Tensor, sort: bool, spans: Sequence[int] | None, learns: bool) -> _Plan:
-    closed = gate_cache.closed_on_host(gate)
-    gates = sorted(range(len(closed)), key=lambda k: not closed[k]) if sort else list(range(len(closed)))
-    closed = tuple(closed[k] for k in gates)
+def _plan(
+    input: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    sort: bool,
+    spans: Sequence[int] | None,
+    closed: Sequence[bool] | None,
+    learns: bool,
+) -> _Plan:
+    by_gate = tuple(closed) if closed is not None else gate_cache.closed_on_host(gate)
+    gates = sorted(range(len(by_gate)), key=lambda k: not by_gate[k]) if sort else list(range(len(by_gate)))
+    closed = tuple(by_gate[k] for k in gates)
     if spans is None:
         spans = choose_spans(closed, weight.shape[1], input.device.type) if learns else (0, 0)
     return _Plan(get_layout(closed, (spans[0], spans[1])), gates, is_channels_last(input, weight))
@@ -112,16 +121,17 @@ def _plan(input: Tensor, weight: Tensor, gate: Tensor, sort: bool, spans: Sequen
 
 _UNSAFE_IN_CUDA_GRAPHS: Any = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _TAGS: Any = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *_UNSAFE_IN_CUDA_GRAPHS)
-_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, bool sort, int[]? spans"
+_OPTIONS = "int[2] stride, int[2] padding, int[2] dilation, bool sort, int[]? spans"
 
 torch.library.define(
     "timm_dgconv::dgconv2d",
-    f"(Tensor input, Tensor weight, Tensor? bias, Tensor gate, {_GEOMETRY}) -> Tensor",
+    f"(Tensor input, Tensor weight, Tensor? bias, Tensor gate, {_OPTIONS}, bool[]? closed=None) -> Tensor",
     tags=_TAGS,
 )
 torch.library.define(
     "timm_dgconv::dgconv2d_backward",
-    f"(Tensor grad_output, Tensor input, Tensor weight, Tensor gate, {_GEOMETRY}, bool[3] output_mask)"
+    f"(Tensor grad_output, Tensor input, Tensor weight, Tensor gate, {_OPTIONS}, bool[3] output_mask, "
+    "bool[]? closed=None)"
     " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -138,8 +148,9 @@ def _forward(
     dilation: list[int],
     sort: bool,
     spans: list[int] | None,
+    closed: list[bool] | None = None,
 ) -> Tensor:
-    layout, _, channels_last = _plan(input, weight, gate, sort, spans, learns=False)
+    layout, _, channels_last = _plan(input, weight, gate, sort, spans, closed, learns=False)
     num_group_bits = len(layout.far) + len(layout.mid)
     x, blocks = layout.permute(input, channels_last), layout.blocks(weight, num_group_bits, channels_last)
     with torch.autocast(input.device.type, enabled=False):
@@ -160,9 +171,10 @@ def _backward(
     sort: bool,
     spans: list[int] | None,
     output_mask: list[bool],
+    closed: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_input, needs_weight, needs_gate = output_mask
-    layout, gates, output_channels_last = _plan(input, weight, gate, sort, spans, learns=needs_gate)
+    layout, gates, output_channels_last = _plan(input, weight, gate, sort, spans, closed, learns=needs_gate)
     # oneDNN's weight gradient of very narrow groups is several times faster in channels_last.
     narrow = input.is_cpu and weight.shape[1] >> len(layout.closed) <= 4
     channels_last = output_channels_last or narrow
@@ -230,6 +242,7 @@ def _fake_forward(
     dilation: list[int],
     sort: bool,
     spans: list[int] | None,
+    closed: list[bool] | None = None,
 ) -> Tensor:
     y = torch.conv2d(input, weight.to(input.dtype), None, stride, padding, dilation)
     channels_last = is_channels_last(input, weight)
@@ -248,6 +261,7 @@ def _fake_backward(
     sort: bool,
     spans: list[int] | None,
     output_mask: list[bool],
+    closed: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels_last = is_channels_last(input, weight)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -260,18 +274,19 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, gate, *ctx.options = inputs
+    input, weight, bias, gate, *ctx.options, ctx.closed = inputs
     ctx.save_for_backward(input, weight, bias, gate)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     input, weight, bias, gate = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_gate, *others = ctx.needs_input_grad
-    if torch.is_grad_enabled():  # create_graph=True
+    if gate.device.type in gate_cache.READ_DIRECTLY:
         gate_cache.refuse_nan(gate)
+    if torch.is_grad_enabled():  # create_graph=True
         return (*_differentiable_gradients(ctx, grad_output), *[None] * len(others))
     grads = torch.ops.timm_dgconv.dgconv2d_backward(
-        grad_output, input, weight, gate, *ctx.options, [needs_input, needs_weight, needs_gate]
+        grad_output, input, weight, gate, *ctx.options, [needs_input, needs_weight, needs_gate], ctx.closed
     )
     return (
         grads[0] if needs_input else None,

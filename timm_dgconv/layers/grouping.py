@@ -23,7 +23,7 @@ def num_bits(in_channels: int, out_channels: int) -> int:
     """Return the number of gates K: 2^K is the largest power of two that divides both channel counts.
 
     Raises:
-        ValueError: If a count is not positive, or if the counts have no common factor two.
+        ValueError: If a count is not positive or not even.
 
     Examples:
         >>> num_bits(64, 64), num_bits(96, 48)
@@ -35,8 +35,8 @@ def num_bits(in_channels: int, out_channels: int) -> int:
     bits = (common & -common).bit_length() - 1
     if bits == 0:
         raise ValueError(
-            f"in_channels={in_channels} and out_channels={out_channels} have no common factor two, so there are no "
-            "groups to learn; use even channel counts, or torch.nn.Conv2d here"
+            f"in_channels={in_channels} and out_channels={out_channels} must both be even to learn groups; use even "
+            "channel counts, or torch.nn.Conv2d"
         )
     return bits
 
@@ -70,7 +70,7 @@ def straight_through(gate: Tensor) -> Tensor:
 
 
 def closed_first(gate: Tensor) -> Tensor:
-    """Return indices of shape (K,) that move closed gates before open gates; the sort is stable (`sort=True`)."""
+    """Return the order of the gates for `sort=True`, of shape (K,): closed gates first, otherwise in place."""
     return torch.sort(closed_gates(gate).int(), dim=0, descending=True, stable=True)[1]
 
 
@@ -101,7 +101,7 @@ def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool =
         return _connectivity_in_onnx(gate, out_channels, in_channels, sort)
     num_codes = 1 << gate.shape[0]
     # A gate's gradient is a sum over many channel pairs, for which half precision is too coarse.
-    gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
     if sort:
         gate = gate[closed_first(gate)]
     shifts = torch.arange(gate.shape[0] - 1, -1, -1, device=gate.device)
@@ -121,7 +121,7 @@ def connectivity(gate: Tensor, out_channels: int, in_channels: int, sort: bool =
 
 def _connectivity_in_onnx(gate: Tensor, out_channels: int, in_channels: int, sort: bool) -> Tensor:
     """Compute `connectivity` with operations that ONNX has. ONNX has no signbit, and `-0.0 < 0` is false."""
-    gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
     closed = ((gate < 0) | (gate.reciprocal() < 0)).to(gate.dtype)
     if sort:
         closed = torch.sort(closed, dim=0, descending=True)[0]
@@ -155,7 +155,7 @@ def complexity(gate: Tensor, out_channels: int, in_channels: int) -> Tensor:
         >>> complexity(torch.tensor([-1.0, 1.0]), 4, 4)
         tensor(8.)
     """
-    gate = gate.to(torch.float64) if gate.dtype == torch.float64 else gate.to(torch.float32)
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
     num_open = ((~closed_gates(gate)).to(gate.dtype) + straight_through(gate)).sum()
     dense = out_channels * in_channels  # = q_out * q_in * 2^(2 K)
     return dense * torch.exp2(num_open - gate.shape[0])

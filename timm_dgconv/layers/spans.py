@@ -1,7 +1,7 @@
-"""Spans: the sets of bits D' that a DGConv computes with, as masks of the bits of a channel code.
+"""Spans: the sets of bits D' inside the groups of the convolutions that a DGConv computes.
 
-Bit 0 is the least significant bit. The open bits always belong to a span, so a mask names the closed bits in it. The
-result of a convolution does not depend on its spans, and its speed does.
+A span contains all open bits. An integer mask lists the closed bits in it. Bit 0 is the least significant bit of a
+channel code. Spans change the speed of a convolution and not its result.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def choose_spans(closed: Sequence[bool], in_channels: int, device_type: str) -> 
     """Choose the spans for a layer with learnable gates.
 
     On a CPU the output spans the open bits only. The weight gradient is fastest with one closed bit in its span, or, in
-    narrow groups, with as many closed bits as give 16 channels per group (benchmarks/results/speed.md).
+    narrow groups, with enough closed bits for 16 channels per group (benchmarks/results/speed.md).
 
     Args:
         closed: Which bits are closed, the most significant bit first.

@@ -1,0 +1,368 @@
+"""The operator against the masked dense convolution, and how autograd and torch's tools use it."""
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICES, conv_with, run_ranks
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from timm_dgconv import DGConv2d
+from timm_dgconv.layers import dgconv_op
+from timm_dgconv.layers.spans import Spans
+
+EXACT = dict(rtol=1e-10, atol=1e-10)
+
+
+def apply(conv: DGConv2d, x: Tensor, spans: Spans | None) -> Tensor:
+    """Call the layer, or its operator with these spans."""
+    if spans is None:
+        return conv(x)
+    return dgconv_op.dgconv2d(
+        x, conv.weight, conv.bias, conv.gate, conv.stride, conv.padding, conv.dilation, conv.sort, spans
+    )
+
+
+def gradients(conv: DGConv2d, y: Tensor, x: Tensor) -> list[Tensor]:
+    grad_y = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape).to(y.device)
+    return [y, *torch.autograd.grad(y, [x, *conv.parameters()], grad_y)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("closed", [*map("".join, itertools.product("01", repeat=4)), "101"])
+def test_all_spans(closed: str, device: str) -> None:
+    channels = (16, 16) if len(closed) == 4 else (24, 40)
+    conv = conv_with(closed, *channels, padding=1, dtype=torch.float64)
+    x = torch.randn(2, channels[0], 4, 3, dtype=torch.float64, requires_grad=True)
+    expected = gradients(conv, conv.masked_dense(x), x)
+    conv = copy.deepcopy(conv).to(device)
+    memory_formats = [torch.contiguous_format, torch.channels_last]  # random layers are channels_last on the CPU, too
+    for memory_format in memory_formats[: 1 if device == "cpu" else 2]:
+        x = x.detach().to(device, memory_format=memory_format).requires_grad_()
+        for spans in [None, *itertools.product(range(1 << len(closed)), repeat=2)]:
+            got = gradients(conv, apply(conv, x, spans), x)
+            assert_close([value.cpu() for value in got], expected, **EXACT)
+
+
+# Random layers and inputs.
+
+GATES = [0.0, -0.0, math.inf, -math.inf, 1e-8, -1e-8, 0.5, -0.5, 1e30, -1e30, 5e-324, -5e-324, 1e-40, -1e-40]
+ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "with an offset": lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view(x.shape),
+    "slice": lambda x: nn.functional.pad(x, (1, 2, 2, 1))[..., 2 : 2 + x.shape[2], 1 : 1 + x.shape[3]],
+    "every second column": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "transposed image": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "channels first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+even_kernels = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+arrangements = st.sampled_from(list(ARRANGEMENTS))
+
+
+@st.composite
+def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_bits: int = 10) -> DGConv2d:
+    num_bits = draw(st.integers(1, max_bits))
+    widths = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 2), (5, 1), (3, 5)]
+    q_in, q_out = draw(st.sampled_from([q for q in widths if max(q) << num_bits <= 1024]))
+    numbers = st.integers(1, 3)
+    kernel_size = st.integers(1, 5 if num_bits < 6 else 3)
+    stride = draw(numbers | st.tuples(numbers, numbers))
+    paddings = [st.just("valid"), st.integers(0, 2), st.tuples(st.integers(0, 3), st.integers(0, 3))]
+    conv = DGConv2d(
+        q_in << num_bits,
+        q_out << num_bits,
+        draw(kernel_size | st.tuples(kernel_size, kernel_size)),
+        stride=stride,
+        padding=draw(st.one_of(*paddings, *([st.just("same")] if stride in (1, (1, 1)) else []))),
+        dilation=draw(numbers | st.tuples(numbers, numbers)),
+        bias=draw(st.booleans()),
+        sort=draw(st.booleans()),
+        dtype=dtype,
+    )
+    gates = draw(st.lists(st.sampled_from(GATES), min_size=num_bits, max_size=num_bits))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    conv.reset_parameters()
+    with torch.no_grad():
+        conv.gate.copy_(torch.tensor(gates, dtype=torch.float64))
+    return conv
+
+
+@st.composite
+def spans_of(draw: st.DrawFn, conv: DGConv2d) -> Spans | None:
+    span = st.integers(0, (1 << len(conv.gate)) - 1)
+    return None if isinstance(conv.padding, str) else draw(st.none() | st.tuples(span, span))
+
+
+@st.composite
+def inputs(draw: st.DrawFn, conv: DGConv2d) -> Tensor:
+    shape = (draw(st.integers(0, 2)), conv.in_channels, draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+    if draw(st.integers(0, 9)) == 0:
+        return torch.randn(1, 1, *shape[2:], dtype=conv.weight.dtype).expand(shape)
+    return ARRANGEMENTS[draw(arrangements)](torch.randn(shape, dtype=conv.weight.dtype))
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """The result, or the type of the error."""
+    try:
+        return function()
+    except RuntimeError as error:
+        return type(error)
+
+
+def check_layer(data: st.DataObject) -> None:
+    draw = data.draw
+    conv = draw(layers())
+    x = draw(inputs(conv)).requires_grad_(draw(st.booleans()))
+    if (arrangement := draw(arrangements)) != "contiguous":
+        conv.weight = nn.Parameter(ARRANGEMENTS[arrangement](conv.weight.detach()))
+    for parameter in conv.parameters():
+        parameter.requires_grad_(draw(st.booleans()))
+    spans = draw(spans_of(conv))
+    expected = attempt(lambda: conv.masked_dense(x))
+    y = attempt(lambda: apply(conv, x, spans))
+    if not isinstance(expected, Tensor):
+        assert y is expected, "torch's error for an input smaller than the kernel"
+        return
+    assert_close(y, expected, rtol=1e-10, atol=1e-9)
+    dense = [t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last) for t in (x, conv.weight)]
+    assert y.stride() == expected.stride() or y.numel() == 0 or 1 in y.shape or not all(dense)
+    assert y.requires_grad == expected.requires_grad
+    assert conv.closed == tuple(math.copysign(1, gate) < 0 for gate in conv.gate.tolist())
+    assert conv.num_groups == 2 ** sum(conv.closed)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_close(apply(conv, x, spans), expected.detach(), rtol=1e-10, atol=1e-9)
+    wanted = [t for t in (x, conv.weight, conv.bias, conv.gate) if t is not None and t.requires_grad]
+    if not wanted:
+        return
+    if draw(st.integers(0, 9)) == 0:
+        grad_y = torch.ones((), dtype=y.dtype).expand(y.shape)
+    else:
+        grad_y = ARRANGEMENTS[draw(arrangements)](torch.randn_like(y))
+    got = torch.autograd.grad(y, wanted, grad_y)
+    for tensor, grad, same in zip(wanted, got, torch.autograd.grad(expected, wanted, grad_y), strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.isfinite().all()
+        finite = tensor.isfinite()  # no step moves an infinite gate
+        assert_close(grad[finite], same[finite], rtol=1e-9, atol=1e-9)
+
+
+@even_kernels
+@given(data=st.data())
+def test_random_layers(data: st.DataObject) -> None:
+    check_layer(data)
+
+
+@even_kernels
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=2000)
+@given(data=st.data())
+def test_more_random_layers(data: st.DataObject) -> None:
+    check_layer(data)
+
+
+@even_kernels
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [*itertools.product([torch.float16, torch.bfloat16], [False, True]), (torch.float32, False)],
+    ids=str,
+)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, data: st.DataObject) -> None:
+    conv = data.draw(layers(torch.float32 if autocast else dtype, max_bits=5))
+    with torch.no_grad():
+        conv.weight.mul_(conv.weight[0].numel() ** 0.5 / 2)
+    x = data.draw(inputs(conv)).requires_grad_()
+    spans = data.draw(spans_of(conv))
+    precise, y0 = copy.deepcopy(conv).double(), None
+    with contextlib.suppress(RuntimeError):
+        y0 = precise.masked_dense(x.detach().double()).detach()
+    assume(y0 is not None)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        y = apply(conv, x, spans)
+    assert y.dtype == dtype
+    assert conv.closed == precise.closed
+    eps = torch.finfo(dtype).eps
+    tolerance = 8 * eps * max(1.0, float(y0.abs().sum() / max(1, y0.numel()))) * conv.weight[0].numel() ** 0.5
+    assert_close(y.double(), y0, rtol=8 * eps, atol=tolerance)
+    grads = torch.autograd.grad(y, [x, *conv.parameters()], torch.ones_like(y))
+    assert [grad.dtype for grad in grads] == [x.dtype, *(p.dtype for p in conv.parameters())]
+
+
+# Autograd.
+
+
+def test_twice_in_one_forward_checkpointed_and_accumulated() -> None:
+    conv = conv_with("1010", padding=1, dtype=torch.float64)
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
+    expected = gradients(conv, conv.masked_dense(conv.masked_dense(x).relu()), x)
+    assert_close(gradients(conv, conv(conv(x).relu()), x), expected, **EXACT)
+    y = checkpoint(lambda x: conv(conv(x).relu()), x, use_reentrant=False)
+    assert_close(gradients(conv, y, x), expected, **EXACT)
+    for _ in range(3):
+        conv(conv(x).relu()).square().sum().backward()
+    once = torch.autograd.grad(conv(conv(x).relu()).square().sum(), list(conv.parameters()))
+    for parameter, grad in zip(conv.parameters(), once, strict=True):
+        assert_close(parameter.grad, 3 * grad, **EXACT)
+
+
+def test_gradients_can_be_differentiated() -> None:
+    conv = conv_with("10", 4, 4, 2, dtype=torch.float64)
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def penalty(layer: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(layer(x).square().sum(), [x, *conv.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), [x, conv.weight, conv.bias])
+
+    assert_close(penalty(conv), penalty(conv.masked_dense), **EXACT)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32 forward", "autocast forward"])
+def test_backward_inside_autocast(autocast: bool, create_graph: bool, device: str) -> None:
+    """Autocast around a backward pass must not round the gradients."""
+    torch.manual_seed(0)
+    conv = conv_with("101010", 64, 64, padding=1).to(device)
+    x, grad_y = (torch.randn(4, 64, 8, 8, device=device, requires_grad=True) for _ in range(2))
+
+    def backward(inside: bool) -> tuple[Tensor, ...]:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            y = conv(x).float()
+        with torch.autocast(device, torch.bfloat16, enabled=inside):
+            return torch.autograd.grad(y, [x, *conv.parameters()], grad_y, create_graph=create_graph)
+
+    for grad, expected in zip(backward(inside=True), backward(inside=False), strict=True):
+        assert_close(grad, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+
+
+def test_function_transforms() -> None:
+    conv = conv_with("1010", bias=False, dtype=torch.float64)
+    x = torch.randn(3, 16, 5, 5, dtype=torch.float64)
+    parameters = {name: value.detach() for name, value in conv.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, parameters, (x,)).square().sum()
+
+    expected = torch.autograd.grad(conv.masked_dense(x).square().sum(), list(conv.parameters()))
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+    for name, grad in zip(dict(conv.named_parameters()), expected, strict=True):
+        assert_close(torch.func.grad(loss)(parameters, x)[name], grad, **EXACT)
+        assert_close(each[name].sum(0), grad, **EXACT)
+    assert_close(torch.func.jvp(conv, (x,), (x,))[1], conv(x), **EXACT)  # the layer is linear in x
+    with torch.autograd.forward_ad.dual_level():
+        dual = conv(torch.autograd.forward_ad.make_dual(x, x))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, conv(x), **EXACT)
+
+
+# torch.compile, the rules of operators, several processes.
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_graph_holds_no_open_bits(frozen: bool) -> None:
+    conv = conv_with("1010")
+    conv.gate.requires_grad_(not frozen)
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(conv, backend=backend, fullgraph=True)
+    for flip in ([0], [1, 2], [0, 1, 2, 3]):
+        with torch.no_grad():
+            conv.gate[flip] *= -1
+        conv.zero_grad()
+        compiled(x).sum().backward()
+        assert_close(compiled(x), conv.masked_dense(x))
+    assert len(graphs) == 1
+    if hasattr(torch.compiler, "is_exporting"):
+        ops = {node.target for node in graphs[0].graph.nodes}
+        assert torch.ops.timm_dgconv.dgconv2d in ops or torch.ops.timm_dgconv.dgconv2d.default in ops
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_reduce_overhead(device: str, training: bool) -> None:
+    """torch may capture parts of the network in CUDA graphs, and flipped gates must still show."""
+    torch._dynamo.reset()
+    conv = conv_with("1010", padding=1)
+    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(16, 4, 1)).to(device)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    x = torch.randn(2, 16, 5, 5, device=device)
+    for flip in ([0], [1, 2], [0, 1, 2, 3], [3], [0, 2], [1]):  # the first calls warm up and capture
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.set_grad_enabled(training):
+            y, expected = compiled(x), model[3:](conv.masked_dense(model[:2](x)))
+        assert_close(y, expected, rtol=1e-3, atol=1e-3)
+        if training:
+            got, wanted = (torch.autograd.grad(z.square().sum(), list(model.parameters())) for z in (y, expected))
+            assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            conv.gate[flip] *= -1
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_captured_in_a_cuda_graph(device: str) -> None:
+    conv = conv_with("1010").to(device)
+    x = torch.randn(2, 16, 5, 5, device=device)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels must be loaded before the capture
+            conv.masked_dense(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = conv(x)
+        conv.gate.neg_()
+        graph.replay()
+        assert_close(y, conv.masked_dense(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_opcheck(memory_format: torch.memory_format) -> None:
+    conv = conv_with("1010")
+    x = torch.randn(2, 16, 5, 5, requires_grad=True).to(memory_format=memory_format)
+    args = (x, conv.weight, conv.bias, conv.gate, [1, 1], [1, 1], [1, 1], False, None)
+    torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d.default, args)
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    run_ranks(
+        tmp_path,
+        """
+        from torch.nn.parallel import DistributedDataParallel
+        from timm_dgconv import DGConv2d
+
+        torch.manual_seed(rank)  # gates that the broadcast must replace
+        conv = DGConv2d(16, 16, 3, dtype=torch.float64)
+        model = DistributedDataParallel(conv)
+        x = torch.sin(torch.arange(4 * 16 * 25, dtype=torch.float64)).view(4, 16, 5, 5)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+            grads = [p.grad.clone() for p in conv.parameters()]
+            whole = torch.autograd.grad(conv(x).square().mean(), list(conv.parameters()))
+            for grad, expected in zip(grads, whole):
+                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
+            optimizer.step()
+        torch.save(conv.gate.detach(), f"{folder}/gate{rank}.pt")
+        """,
+    )
+    assert torch.equal(*(torch.load(tmp_path / f"gate{rank}.pt") for rank in range(2)))
