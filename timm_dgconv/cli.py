@@ -26,7 +26,8 @@ def _demo(args: argparse.Namespace) -> None:
         complexity_weight=args.complexity_weight,
         complexity_target=args.complexity_target,
     )
-    print(f"\nwritten to {output}, reloaded with timm.create_model(..., checkpoint_path='{output}/model.safetensors')")
+    weights = str(output / "model.safetensors")
+    print(f"\nload it with timm.create_model({args.model!r}, num_classes=10, checkpoint_path={weights!r})")
     print(f"held-out accuracy {summary['top1']:.2f} % (reloaded: {summary['top1_reloaded']:.2f} %)")
 
 
@@ -80,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         "train.py, validate.py and benchmark.py.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    with_defaults = argparse.ArgumentDefaultsHelpFormatter
 
     # Options that several commands have.
     weights = argparse.ArgumentParser(add_help=False)
@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         default={},
         action=ParseKwargs,
         metavar="KEY=VALUE",
-        help="arguments of the model that change the network, as for timm's scripts (default: what train.py stored)",
+        help="arguments of the model that change the network, as for timm's scripts "
+        "(default: the arguments that train.py stored)",
     )
 
     demo = commands.add_parser(
@@ -100,15 +101,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a G-ResNeXt on scikit-learn's digits (extra 'demo'). Print the held-out accuracy and "
         "the learned groups of each layer. Write the model, reload it with timm and compare the outputs. With the "
         "defaults this takes less than five minutes on two CPU cores.",
-        formatter_class=with_defaults,
     )
     demo.add_argument(
-        "--model", default="g_resnext50", metavar="NAME", help="g_resnext50, g_resnext101, test_g_resnext"
+        "--model", default="g_resnext50", metavar="NAME", help="g_resnext50 (default), g_resnext101, test_g_resnext"
     )
-    demo.add_argument("--epochs", type=int, default=5, metavar="N", help="number of epochs")
-    demo.add_argument("--img-size", type=int, default=32, metavar="N", help="side of the images in pixels")
+    demo.add_argument("--epochs", type=int, default=5, metavar="N", help="number of epochs (default: %(default)s)")
+    demo.add_argument(
+        "--img-size", type=int, default=32, metavar="N", help="side of the images in pixels (default: %(default)s)"
+    )
     demo.add_argument("--device", metavar="DEVICE", help="torch device (default: CUDA if available, otherwise cpu)")
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="seed of split, weights and order")
+    demo.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of split, weights and order (default: %(default)s)"
+    )
     demo.add_argument("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace the output of an earlier demo")
     demo.add_argument(

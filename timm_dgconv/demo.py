@@ -147,7 +147,7 @@ def run(
 
     Args:
         output: Folder to write `model.safetensors`, `config.json` and `summary.json` to.
-        model_name: A model of this package, or any timm model with a DGConv2d.
+        model_name: A model of this package.
         epochs: Number of epochs.
         image_size: Side of the images in pixels.
         device: Torch device. The default is CUDA if it is available, otherwise the CPU.
@@ -167,25 +167,23 @@ def run(
     for option, number in {"epochs": epochs, "image size": image_size}.items():
         if number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
-    if not timm.is_model(model_name):
-        raise ValueError(f"unknown model {model_name!r}; use {', '.join(timm.list_models('*g_resnext*'))}")
+    ours = timm.list_models(module="g_resnext")
+    if model_name not in ours:
+        raise ValueError(f"{model_name!r} is not a model of this package; use {', '.join(ours)}")
     try:
         torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     random_seed(seed)
-    # Other models do not take these arguments, and timm drops arguments that are None.
-    steering = dict(complexity_weight=complexity_weight or None, complexity_target=complexity_target)
     model = timm.create_model(
         model_name,
         num_classes=10,
         pretrained_cfg_overlay={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
-        **steering,
+        complexity_weight=complexity_weight,
+        complexity_target=complexity_target,
     ).to(torch_device, memory_format=torch.channels_last)
     groups_before = _groups(model)
-    if not groups_before:
-        raise ValueError(f"{model_name} has no DGConv2d; use one of {', '.join(timm.list_models('*g_resnext*'))}")
     train_loader, test_loader = load_digits(resolve_model_data_config(model), seed, torch_device)
 
     print(

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -227,7 +228,7 @@ class GroupHistory:
         """One label per checkpoint: its epoch, otherwise the name of its file, or its source if names are ambiguous."""
         if self.axis == "epoch":
             return tuple(map(str, self.epochs))
-        files = [source.rstrip("/").rpartition("/")[2] for source in self.sources]
+        files = [Path(source).name for source in self.sources]
         names = files if len(set(files)) == len(files) else self.sources
         pairs = zip(self.epochs, names, strict=True)
         return tuple(name if epoch is None else f"epoch {epoch}" for epoch, name in pairs)
@@ -330,7 +331,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
-    """Return the convolutions that learn or have learned groups by name, and the cardinality of those in a block."""
+    """Return the convolutions that learn or have learned groups, and the cardinality of each block, by name."""
     cardinalities = {
         f"{name}.conv2".removeprefix("."): block.cardinality for name, block in groupable_blocks(model).items()
     }
@@ -372,7 +373,7 @@ def _name(model: nn.Module) -> str:
 
 @dataclass
 class LayerTrace:
-    """What a convolution or linear layer computes for one image.
+    """Cost of one convolution or linear layer for one image.
 
     Attributes:
         macs: Number of multiply-adds with the stored weight.
@@ -441,7 +442,7 @@ def _without_data(model: nn.Module) -> nn.Module:
 
 
 def _network(report: GroupReport) -> tuple[Any, ...]:
-    """Return what the checkpoints of one run have in common."""
+    """Return the properties that all checkpoints of one run share."""
     layers = [(layer.name, layer.in_channels, layer.out_channels, layer.resolution) for layer in report.layers]
     return report.model, report.input_size, report.dense, layers
 

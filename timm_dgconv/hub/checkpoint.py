@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from timm.models import load_state_dict
 from torch import Tensor
 
+from timm_dgconv import _compat
 from timm_dgconv.hub.errors import hub_errors, one_line
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +25,7 @@ _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 
 
 class TrainingInfo(NamedTuple):
-    """What timm's train.py stores with the weights.
+    """Epoch and model arguments that timm's train.py stores with the weights.
 
     Attributes:
         epoch: The epoch, or None if the checkpoint has none.
@@ -95,8 +96,22 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
     return f"is not a checkpoint: {one_line(error)}"
 
 
+def read_model_args(folder: Path) -> dict[str, Any]:
+    """Read the arguments of the model from the config.json of a converted folder.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        return dict(_compat.load_model_config_from_path(folder)[2])
+    except Exception as error:  # any exception of timm for a file that users edit
+        raise ValueError(
+            f"{folder / 'config.json'} is damaged: {one_line(error)}; convert the checkpoint again"
+        ) from error
+
+
 def read_training_info(path: Path) -> TrainingInfo:
-    """Read what timm's train.py stores with the weights. Other checkpoints have empty information."""
+    """Read the epoch and the model arguments that timm's train.py stores. Other checkpoints have none."""
     if path.suffix != ".safetensors":
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), suppress(Exception):
             warnings.simplefilter("ignore")

@@ -55,7 +55,8 @@ def convert(
         output: Folder to write. It appears when everything in it is verified.
         compact: Write the compact form, see `timm_dgconv.compact`.
         use_ema: Use the averaged weights if the checkpoint has them.
-        model_kwargs: Arguments of the model that change the network. The default is what timm's train.py stored.
+        model_kwargs: Arguments of the model that change the network. They override the
+            arguments that timm's train.py stored.
 
     Returns:
         The files, and the largest difference between the outputs of the reloaded model and those of the source.

@@ -6,8 +6,7 @@ from typing import Any
 
 import timm
 
-from timm_dgconv import _compat
-from timm_dgconv.hub.checkpoint import WEIGHTS
+from timm_dgconv.hub.checkpoint import WEIGHTS, read_model_args
 from timm_dgconv.hub.model import NO_KWARGS, Checkpoint, resolve
 from timm_dgconv.report import GroupHistory, group_report
 
@@ -29,7 +28,8 @@ def inspect(
         use_ema: Use the averaged weights if a checkpoint has them.
         image_size: Side in pixels of the image for which multiply-adds are counted. The default is the model's.
         layers: Names of layers that must exist.
-        model_kwargs: Arguments of the model that change the network. The default is what timm's train.py stored.
+        model_kwargs: Arguments of the model that change the network. They override the
+            arguments that timm's train.py stored.
 
     Returns:
         One report per checkpoint.
@@ -52,7 +52,7 @@ def inspect(
         path = Path(source, WEIGHTS) if Path(source).is_dir() else None
         if path is not None and not path.is_file():
             raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
-        stored = {} if path is None else _compat.load_model_config_from_path(path.parent)[2]
+        stored = {} if path is None else read_model_args(path.parent)
         checkpoint = Checkpoint(source, architecture, cfg, use_ema, {**stored, **model_kwargs}, path)
         model = checkpoint.load_gates()
         in_chans, height, width = timm.data.resolve_model_data_config(model)["input_size"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_info
 from timm_dgconv.hub.errors import one_line
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.compact import TRAINING_ARGS
+from timm_dgconv.models.compact import TRAINING_ARGS, group_conv_like
 
 BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
@@ -111,7 +111,7 @@ class Checkpoint:
         """
         # A plain ResNeXt has no weights between its groups. These keep their initial values, with a fixed seed.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             model = self._create()
         self._fill(model, self.state_dict)
         return model
@@ -132,16 +132,8 @@ class Checkpoint:
         for name, block in model.named_modules():
             conv = getattr(block, "conv2", None)
             if isinstance(conv, DGConv2d) and conv.gate.is_meta:
-                groups = conv.in_channels // self.state_dict[f"{name}.conv2.weight"].shape[1]
-                like: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, bias=False)
-                block.conv2 = nn.Conv2d(
-                    conv.in_channels,
-                    conv.out_channels,
-                    conv.kernel_size,  # type: ignore[arg-type]
-                    groups=groups,
-                    device="meta",
-                    **like,
-                )
+                weight = self.state_dict[f"{name}.conv2.weight"]
+                block.conv2 = group_conv_like(conv, conv.in_channels // weight.shape[1])
         return model
 
     def _create(self) -> nn.Module:
@@ -163,5 +155,5 @@ class Checkpoint:
             more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
             raise ValueError(
                 f"{self.source} is a checkpoint of another network than {self.architecture}: "
-                f"{one_line(problems[0])}{more}"
+                f"{one_line(problems[0])}{more}; use the --model and --model-kwargs of its training"
             )

@@ -31,9 +31,10 @@ _BATCH_NORMS_WITH_ACT = (
     timm.layers.FrozenBatchNormAct2d,
 )
 _TIMM_EQUIVARIANT = (
-    *("AvgPool2dSame", "BlurPool2d", "DropBlock2d", "EvoNorm2dB0", "FilterResponseNormAct2d"),
-    *("FilterResponseNormTlu2d", "GroupNorm1", "GroupNorm1Act", "LayerNorm2d", "LayerNorm2dFp32", "LayerNormAct2d"),
-    *("RmsNorm2d", "RmsNorm2dFp32", "RmsNormAct2d", "SimpleNorm2d"),
+    *("AvgPool2dSame", "BlurPool2d", "DropBlock2d", "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"),
+    *("FilterResponseNormAct2d", "FilterResponseNormTlu2d", "GroupNorm1", "GroupNorm1Act"),
+    *("LayerNorm2d", "LayerNorm2dFp32", "LayerNormAct2d", "LayerNormAct2dFp32"),
+    *("RmsNorm2d", "RmsNorm2dFp32", "RmsNormAct2d", "RmsNormAct2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"),
 )
 _CHANNEL_MIXING = ("GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin")
 
@@ -46,7 +47,7 @@ EQUIVARIANT: set[type[nn.Module]] = {
         getattr(module, name)
         for module in (activation, batchnorm, dropout, instancenorm, pooling)
         for name in module.__all__
-        if name not in _CHANNEL_MIXING
+        if name not in _CHANNEL_MIXING and not name.endswith("3d")
     ),
     *(
         value
@@ -64,8 +65,8 @@ Parameters and buffers whose first dimension is the number of channels are permu
 def compact(model: nn.Module) -> nn.Module:
     """Return a copy of a G-ResNeXt that computes the same with plain group convolutions.
 
-    The copy keeps only the connected weights: at 32 groups 25 M of the 69 M numbers of g_resnext50. It trains with its
-    groups fixed. `timm.create_model(name, groups=block_groups(model))` builds the same structure.
+    The copy keeps only the connected weights: at 32 groups 25 M of the 69 M parameters of g_resnext50. It trains with
+    its groups fixed. `timm.create_model(name, groups=block_groups(model))` builds the same structure.
 
     Args:
         model: A G-ResNeXt, or a module that contains one (a features_only model, a wrapper).
@@ -145,9 +146,9 @@ def find_obstacle(block: Any) -> nn.Module | None:
     conv: DGConv2d = block.conv2
     if _is_identity(grouping.channel_order(conv.gate, conv.out_channels, conv.sort)):
         return None
-    neighbors = [m for m in (block.conv1, block.conv3) if type(m) is not nn.Conv2d]
-    between = [m for root in (*_before(block), *_after(block)) for m in root.modules()]
-    return next((m for m in (*neighbors, *between) if not _is_equivariant(m)), None)
+    neighbors = [m for m in (block.conv1, block.conv3) if type(m) is not nn.Conv2d or m.groups != 1]
+    between = [m for root in (*_before(block), *_after(block)) for m in root.modules() if not _is_equivariant(m)]
+    return next(iter(neighbors + between), None)
 
 
 def _is_equivariant(module: nn.Module) -> bool:
@@ -175,7 +176,19 @@ def to_group_conv(block: Any) -> None:
     order_in = grouping.channel_order(conv.gate, conv.in_channels, conv.sort)
     order_out = grouping.channel_order(conv.gate, conv.out_channels, conv.sort)
     groups = conv.num_groups
-    block.conv2 = nn.Conv2d(
+    block.conv2 = group_conv_like(conv, groups)
+    block.conv2.weight.copy_(grouping.group_blocks(conv.weight[order_out][:, order_in], groups).flatten(0, 1))
+    if conv.bias is not None:
+        block.conv2.bias.copy_(conv.bias[order_out])
+    if not _is_identity(order_out):
+        block.conv3.weight.copy_(block.conv3.weight[:, order_out])
+        _permute((block.conv1, *_before(block)), order_in)
+        _permute(_after(block), order_out)
+
+
+def group_conv_like(conv: DGConv2d, groups: int) -> nn.Conv2d:
+    """Return a new group convolution with the shape, device, dtype and flags of a DGConv2d."""
+    result = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,  # type: ignore[arg-type]
@@ -187,13 +200,9 @@ def to_group_conv(block: Any) -> None:
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     ).train(conv.training)
-    block.conv2.weight.copy_(grouping.group_blocks(conv.weight[order_out][:, order_in], groups).flatten(0, 1))
-    if conv.bias is not None:
-        block.conv2.bias.copy_(conv.bias[order_out])
-    if not _is_identity(order_out):
-        block.conv3.weight.copy_(block.conv3.weight[:, order_out])
-        _permute((block.conv1, *_before(block)), order_in)
-        _permute(_after(block), order_out)
+    for new, old in zip(result.parameters(), (conv.weight, conv.bias), strict=False):
+        new.requires_grad_(old is not None and old.requires_grad)
+    return result
 
 
 def _is_identity(order: Tensor) -> bool:

@@ -30,9 +30,11 @@ from timm.models import (
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from timm_dgconv import _compat, optim
+from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.layers.gate_cache import share_reader
 from timm_dgconv.models.compact import TRAINING_ARGS, find_obstacle, fold_norm, fold_sequence, to_group_conv
+from timm_dgconv.optim import complexity, steering
 
 __all__ = ["GResNeXt", "GroupableBottleneck"]
 
@@ -131,13 +133,18 @@ class _StemFuse:
     def __init__(self, model: nn.Module | None, norm: nn.Module) -> None:
         self.model = None if model is None else weakref.ref(model)
         self.norm = weakref.ref(norm)
+        self.fused: nn.Module | None = None  # the norm may be registered twice, and is folded once
 
     def __call__(self) -> nn.Module | None:
+        if self.fused is not None:
+            return self.fused
         model, norm = None if self.model is None else self.model(), self.norm()
         if model is not None:  # a feature extractor may hold the norm without the model
             for before, module in pairwise(_stem(model)):
                 if module is norm:
-                    return fold_norm(before, norm)
+                    fused = fold_norm(before, norm)
+                    self.fused = None if fused is norm else fused
+                    return fused
         return norm
 
     def __reduce__(self) -> Any:  # a copied norm belongs to the copied model
@@ -188,10 +195,8 @@ class GResNeXt(ResNet):
                 convolutions (the compact form, see `timm_dgconv.compact`).
             complexity_weight: Every optimizer step adds the gradient of `timm_dgconv.complexity`, times this weight, to
                 the gradient of the gates.
-            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1. With
-                a target the weight acts only while the density is higher. It acts on as many of the open gates nearest
-                to zero as must close. No optimizer step opens gates that would take the density above the target, nor
-                closes gates that would take it more than 5 % below, unless no density in between can be reached.
+            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1. See
+                `timm_dgconv.optim.steering.steer`.
             freeze_groups: Build gates that do not learn, see `timm_dgconv.freeze_groups`.
             **kwargs: Further arguments of timm's ResNet.
 
@@ -201,22 +206,20 @@ class GResNeXt(ResNet):
                 is out of range or has no gates that learn.
         """
         if complexity_target is not None and not complexity_weight:
-            raise ValueError(
-                f"complexity_target={complexity_target} needs a complexity_weight that takes the network there; "
-                "try 1e-7"
-            )
+            raise ValueError(f"complexity_target={complexity_target} needs a complexity_weight above 0; try 1e-7")
         if complexity_weight and (freeze_groups or groups is not None):
             fixed = "freeze_groups=True" if groups is None else "groups=..."
             raise ValueError(
-                f"complexity_weight={complexity_weight} has no gates to act on with {fixed}; leave one out"
+                f"complexity_weight={complexity_weight} needs gates that learn, and {fixed} has none; leave one out"
             )
         block = GroupableBottleneck if groups is None else _fixed_blocks(groups, sum(layers))
         super().__init__(block, layers, cardinality=cardinality, base_width=base_width, **kwargs)
         _set_stem_fuse(self)
+        share_reader(module for module in self.modules() if isinstance(module, DGConv2d))
         if complexity_weight:
-            optim.steer(self, complexity_weight, complexity_target)
+            steering.steer(self, complexity_weight, complexity_target)
         if freeze_groups and groups is None:
-            optim.freeze_groups(self)
+            complexity.freeze_groups(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Leave out `TRAINING_ARGS` when timm records the arguments of the model."""
@@ -270,8 +273,9 @@ default_cfgs = generate_default_cfgs(
 
 def _create_g_resnext(variant: str, pretrained: bool = False, **kwargs: Any) -> GResNeXt:
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        elsewhere = cfg.source or cfg.file or cfg.state_dict  # the user names the weights
+        overlay = kwargs.get("pretrained_cfg_overlay")
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+        elsewhere = cfg.source or cfg.file or cfg.state_dict or "hf_hub_id" in (overlay or {})  # the user's weights
         if cfg.tag == "dgconv_in1k" and not (elsewhere or cfg.has_weights):
             raise RuntimeError(_HOW_TO_GET_WEIGHTS[variant])
         if cfg.tag and cfg.tag.startswith("resnext_") and not elsewhere:

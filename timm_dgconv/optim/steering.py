@@ -62,7 +62,7 @@ class ComplexityTerm:
 
 
 class _Steered:
-    """The membership of a layer in a term, stored on the layer. A copied or unpickled layer becomes a member, too."""
+    """Links a layer to its term, and is stored on the layer. A copied or unpickled layer is linked, too."""
 
     def __init__(self, layer: DGConv2d, term: ComplexityTerm, index: int) -> None:
         self.layer = weakref.ref(layer)
@@ -91,10 +91,10 @@ def steer(model: nn.Module, weight: float, target: float | None = None) -> None:
     Args:
         model: A model with at least one DGConv2d.
         weight: Factor of the gradient, at least 0. With 0 the model is no longer steered.
-        target: Largest density, the share of a dense network's connections, in (0, 1]. With a target the term acts only
-            while the density is higher. It acts on as many of the open gates nearest to zero as must close. No step
-            opens gates that would take the density above the target, nor closes gates that would take it more than 5 %
-            below, unless no density in between can be reached.
+        target: Largest density, the share of a dense network's connections, in (0, 1]. While the density is above the
+            target, the term closes open gates, the gates nearest to zero first, and only as many as needed. After each
+            step, flips that raise the density above the target are reversed. Flips that lower it more than 5 % below
+            are reversed, too, unless no density in between can be reached.
 
     Raises:
         TypeError: If weight or target is not a number.
@@ -109,12 +109,7 @@ def steer(model: nn.Module, weight: float, target: float | None = None) -> None:
 def _register_hooks() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
-    # timm's Lookahead does not call Optimizer.__init__, which makes `step` call the hooks.
-    from timm.optim import Lookahead
-
-    if not getattr(Lookahead.step, "hooked", False):
-        Lookahead.step = Optimizer.profile_hook_step(Lookahead.step)
-        Lookahead.step.hooked = True
+    _compat.hook_lookahead()
 
 
 class _Group:
@@ -147,7 +142,7 @@ class _Group:
                 "complexity_target needs all gates in each process, and fully_shard has sharded them; leave the target "
                 "out, or train with DistributedDataParallel"
             )
-        return [gate_cache.values_on_host(layer.gate) for layer in self.layers]
+        return gate_cache.read_together([layer.gate for layer in self.layers])
 
     def connections(self, gates: Gates) -> list[float]:
         """Return the number of connections per layer with these gates."""
@@ -191,11 +186,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     _before[optimizer] = {group.term: group.gates() for group in groups if group.term.target is not None}
 
-    def add_terms() -> None:
+    def add_terms(known: dict[ComplexityTerm, Gates]) -> None:
         gates = [layer.gate for group in groups for layer in group.layers]
         done = {id(gate) for gate in gates if _has_term(gate)}
         for group in groups:
-            done |= _add_term(group, done, getattr(optimizer, "grad_scale", None))
+            values = known.get(group.term)
+            done |= _add_term(group, values, done, getattr(optimizer, "grad_scale", None))
         # Afterwards: gradients that are views of one bucket (DistributedDataParallel) share a version.
         for gate in gates:
             if id(gate) in done:
@@ -204,12 +200,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        add_terms()
+        add_terms(_before[optimizer])
         return None
 
     def closure_with_terms() -> Any:  # the closure computes the gradients
         loss = closure()
-        add_terms()
+        add_terms({})  # earlier closures of this step have changed the gates
         return loss
 
     if "closure" in kwargs:
@@ -229,11 +225,12 @@ def _has_term(gate: Tensor) -> bool:
     return gate.grad is not None and getattr(gate.grad, "_version_with_term", None) == _compat.version(gate.grad)
 
 
-def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[int]:
+def _add_term(group: _Group, gates: Gates | None, done: set[int], grad_scale: Tensor | None) -> set[int]:
     """Add the term to the gradient of the gates that the optimizer trains.
 
     Args:
         group: The term and its layers.
+        gates: The values of the gates, if they are known.
         done: Ids of the gates whose gradients have the term already.
         grad_scale: Factor of the gradients, if a fused optimizer unscales them itself.
 
@@ -247,7 +244,7 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
     ]
     masks: dict[DGConv2d, Tensor] = {}
     if group.term.target is not None and layers:
-        chosen = dict(zip(group.layers, _to_close(group, group.gates()), strict=True))
+        chosen = dict(zip(group.layers, _to_close(group, gates or group.gates()), strict=True))
         layers = [layer for layer in layers if any(chosen[layer])]
         bits = torch.tensor([bit for layer in layers for bit in chosen[layer]])
         bits = bits.to(layers[0].gate.device) if layers else bits  # one copy for all layers
@@ -284,8 +281,8 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
 def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
     """Choose the gates that must close to reach the target: the open gates nearest to zero.
 
-    If all open gates were chosen, too many would close before the momentum of an optimizer fades. If none is left whose
-    closing keeps the network above the target, and the network is more than `SLACK` above, also choose the gate that
+    Choose no more gates than needed, since the momentum of an optimizer would close all of them. If every remaining
+    gate would take the network below the target, and the network is more than `SLACK` above, also choose the gate that
     undershoots least.
 
     Returns:
@@ -315,7 +312,8 @@ def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
 def _enforce_target(group: _Group, before: Gates) -> None:
     """Reverse the flips of a step that take the network above the target or more than `SLACK` below it.
 
-    The flips that moved their gates farthest beyond zero are kept first. A reversed gate keeps its distance from zero.
+    Flips that must close gates are kept first, then the flips that moved their gates farthest beyond zero. A reversed
+    gate keeps its distance from zero.
     """
     after = group.gates()
     must_close = _to_close(group, before)
@@ -325,21 +323,21 @@ def _enforce_target(group: _Group, before: Gates) -> None:
         for k, (old, new) in enumerate(zip(*values, strict=True))
         if group.trainable[n] and gate_cache.is_closed(old) != gate_cache.is_closed(new)
     }
-    reversed_flips = sorted(
+    pending = sorted(
         closes, key=lambda place: (not must_close[place[0]][place[1]], -abs(after[place[0]][place[1]]), place)
     )
     connections, budget = group.connections(before), group.budget
     total = sum(connections)
-    changed = bool(reversed_flips)
+    changed = bool(pending)
     while changed:  # a gate that opens makes room for a gate that closes, and vice versa
         changed = False
-        for n, k in list(reversed_flips):
+        for n, k in list(pending):
             change = -connections[n] / 2 if closes[n, k] else connections[n]
             allowed = total + change >= (1 - SLACK) * budget if closes[n, k] else total + change <= budget
             if must_close[n][k] or allowed:
                 connections[n] += change
                 total += change
-                reversed_flips.remove((n, k))
+                pending.remove((n, k))
                 changed = True
-    for n, k in reversed_flips:
+    for n, k in pending:
         group.layers[n].gate[k] = math.copysign(after[n][k], 1 if closes[n, k] else -1)
