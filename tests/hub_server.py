@@ -1,11 +1,11 @@
-"""A small Hugging Face Hub for tests: the real ``huggingface_hub`` client talks to it through ``HF_ENDPOINT``.
+"""A small Hugging Face Hub in memory. The real ``huggingface_hub`` client uses it through ``HF_ENDPOINT``.
 
-Model repositories only, in memory: create, commit, branches, Git LFS (basic transfer), listings, downloads with ETags,
-ranges and a redirect of large files to a second address, the CDN. No Xet, pull requests, tags, ``.gitignore`` rules.
+It has model repositories with commits, branches, Git LFS, listings, and downloads with ETags. Large files are
+redirected to a second address, the CDN. It has no Xet, pull requests, tags, byte ranges or ``.gitignore`` rules.
 
-    with HubServer(token="hf_test") as hub:
+    with HubServer() as hub:
         hub.add_repo("owner/name", {"config.json": b"{}", "model.safetensors": weights})
-        subprocess.run([sys.executable, "-c", code], env=hub.env(tmp_path, token=hub.token), check=True)
+        result = run_python(hub.env(tmp_path, hub.token), code, argument)
         assert hub.count("GET", "/cdn/*/model.safetensors") == 1
 """
 
@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -29,15 +31,33 @@ LFS_SUFFIXES = (".bin", ".ckpt", ".gz", ".h5", ".npz", ".onnx", ".pkl", ".pt", "
 _ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
 
+def start_python(env: dict[str, str], code: str, argument: object = None) -> subprocess.Popen[str]:
+    """Start code in a new process, since the client reads its environment when it is imported.
+
+    The code finds the argument, as JSON, in ``sys.argv[1]``. Its last line of output is the result, as JSON.
+    """
+    env = {**env, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}  # an old timm in a new torch warns
+    command = [sys.executable, "-c", code, json.dumps(argument)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> Any:
+    """Return the result of a process that `start_python` started."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def run_python(env: dict[str, str], code: str, argument: object = None) -> Any:
+    """Run code in a new process and return its result, see `start_python`."""
+    return finish(start_python(env, code, argument))
+
+
 @dataclass
 class Request:
-    """A request that the server got; `range` is None, `status` is 0 where there is none (yet)."""
-
     method: str
     path: str  # decoded, without the query; the content of LFS files is under /cdn/owner/name/
-    range: str | None
     token: str | None
-    status: int = 0
     query: dict[str, list[str]] = field(default_factory=dict, repr=False)
     groups: dict[str, str] = field(default_factory=dict, repr=False)
     body: bytes = field(default=b"", repr=False)  # only until the request is answered
@@ -45,12 +65,9 @@ class Request:
 
 @dataclass
 class Reply:
-    """What goes back; the connection breaks after `cut` bytes of the body."""
-
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    cut: int | None = None
 
 
 class _HubError(Exception):
@@ -61,7 +78,7 @@ class _HubError(Exception):
 
 
 class _Blob:
-    """The content of one file, with the ids that Git and Git LFS give it."""
+    """The content of a file, and its ids in Git and Git LFS."""
 
     def __init__(self, data: bytes, lfs: bool) -> None:
         self.data, self.size, self.lfs, self.sha256 = data, len(data), lfs, hashlib.sha256(data).hexdigest()
@@ -70,7 +87,7 @@ class _Blob:
         self.oid = hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
         self.pointer_size = len(pointer)
 
-    def entry(self, path: str) -> dict[str, Any]:  # for both listings: their names differ, and do not clash
+    def entry(self, path: str) -> dict[str, Any]:  # the two listings of the Hub use different names
         lfs = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": self.pointer_size}
         names = {"type": "file", "path": path, "rfilename": path, "size": self.size}
         return {**names, "oid": self.oid, "blobId": self.oid, **({"lfs": lfs} if self.lfs else {})}
@@ -100,23 +117,15 @@ class _Repo:
 
 
 class HubServer:
-    """The server; use it as a context manager.
+    """The server, a context manager that raises at its end if the server had an error of its own."""
 
-    Args:
-        token: The one token that is accepted.
-        user: The account of the token, and the namespace of repositories that are created without one.
-        inline_uploads: Ask clients to send every file inside the commit and none through LFS. Uploads then need no
-            ``HF_HUB_DISABLE_XET``; downloads are the same.
-    """
-
-    def __init__(self, token: str = "hf_test", user: str = "tester", *, inline_uploads: bool = False) -> None:
-        self.token, self.user, self.inline_uploads = token, user, inline_uploads
+    def __init__(self) -> None:
+        self.token, self.user = "hf_test", "tester"  # the only valid token, and its account
         self.log: list[Request] = []  # oldest first
-        self.errors: list[str] = []  # tracebacks of the server's own faults, each answered with a status 501
-        self.private: set[str] = set()  # repositories that cannot be read without the token
-        self.read_only: set[str] = set()  # namespaces that the token cannot write to (403)
-        self.cuts: list[tuple[int, str]] = []  # (bytes, path pattern): breaks one LFS download after so many bytes
-        self.corrupted: set[tuple[str, str]] = set()  # (repository, path): served with another last byte, same ETag
+        self.errors: list[str] = []  # tracebacks of the server's own errors, each answered with a status 501
+        self.private: set[str] = set()  # repositories that need the token
+        self.read_only: set[str] = set()  # namespaces to which the token may not write (403)
+        self.corrupted: set[tuple[str, str]] = set()  # (repository, path): sent with another last byte, same ETag
         self._lock = threading.RLock()
         self._secret = os.urandom(16).hex()
         self._repos: dict[str, _Repo] = {}
@@ -133,24 +142,24 @@ class HubServer:
         for listener in self._listeners:
             listener.shutdown()
             listener.server_close()
+        assert not self.errors, self.errors
 
     def env(self, home: str | os.PathLike[str], token: str | None = None, *, offline: bool = False) -> dict[str, str]:
-        """The whole environment for a subprocess that shall use this server: none of the caller's Hub settings.
+        """Return the environment of a process that uses this server, without the caller's settings of the Hub.
 
         Args:
-            home: The folder for ``HF_HOME``, with the cache.
-            token: The token to send, ``hub.token`` for the right one; None for no token at all.
+            home: The folder ``HF_HOME``, with the cache.
+            token: The token to send, or None.
             offline: Set ``HF_HUB_OFFLINE``.
         """
         own = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE")
         env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        env |= {} if self.inline_uploads else {"HF_HUB_DISABLE_XET": "1"}
+        env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
         return env | ({"HF_TOKEN": token} if token else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
 
     def add_repo(self, repo_id: str, files: Mapping[str, bytes], *, private: bool = False, branch: str = "main") -> str:
-        """Makes a repository or branch, or adds a commit to one, without any request; returns the commit's id."""
+        """Add a commit, and the repository or branch if it does not exist, and return the id of the commit."""
         with self._lock:
             repo = self._repos.setdefault(repo_id, _Repo(repo_id))
             self.private |= {repo_id} if private else set()
@@ -159,19 +168,19 @@ class HubServer:
             return repo.commit(branch, "add_repo", tree | new)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The files of a repository at a branch or commit, the content by path."""
+        """Return the content of the files of a repository at a branch or commit, by path."""
         return {path: blob.data for path, blob in self._repos[repo_id].find(revision)[1].items()}
 
     def commits(self, repo_id: str, branch: str = "main") -> list[str]:
-        """The ids of the commits of a branch, newest first."""
+        """Return the ids of the commits of a branch, newest first."""
         return self._repos[repo_id].branches[branch][::-1]
 
     def requests(self, method: str = "*", path: str = "*") -> list[Request]:
-        """The requests whose method and path match these shell patterns (``*`` matches ``/`` too), oldest first."""
+        """Return the requests whose method and path match these shell patterns. ``*`` matches ``/``, too."""
         return [r for r in list(self.log) if fnmatchcase(r.method, method) and fnmatchcase(r.path, path)]
 
     def count(self, method: str = "*", path: str = "*") -> int:
-        """The number of requests whose method and path match, see `requests`."""
+        """Return the number of requests whose method and path match these shell patterns."""
         return len(self.requests(method, path))
 
     def _answer(self, request: Request, raw_path: str) -> Reply:
@@ -185,7 +194,7 @@ class HubServer:
             raise _HubError(404, f"This server has no {request.method} {request.path}")
         except _HubError as error:
             return _json({"error": str(error)}, error.status, error.headers)
-        except Exception:  # clients try a 500 again, for a long time, but not a 501
+        except Exception:  # the client repeats a request after a 500, but not after a 501
             self.errors.append(traceback.format_exc())
             return _json({"error": self.errors[-1]}, 501)
 
@@ -200,7 +209,7 @@ class HubServer:
     def _repo(self, request: Request, *, write: bool = False) -> _Repo:
         repo_id = request.groups["repo"]
         private = repo_id not in self._repos or repo_id in self.private
-        # The client takes a 401 here for a missing repository, but over https only: the code makes it do so anyway.
+        # Without this code, the client takes a 401 for a missing repository over https only.
         self._check(request, repo_id if write else "", "RepoNotFound", needed=write or private)
         if repo_id not in self._repos:
             raise _HubError(404, "Repository not found", "RepoNotFound")
@@ -228,7 +237,7 @@ class HubServer:
         info = {"id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "private": repo.id in self.private}
         return _json({**info, "gated": False, "tags": [], "sha": commit, "siblings": siblings})
 
-    def _tree(self, request: Request) -> Reply:  # all files below all folders: the client asks for nothing else
+    def _tree(self, request: Request) -> Reply:  # recursive, as the client requests it
         return _json([blob.entry(path) for path, blob in self._repo(request).find(request.groups["rev"])[1].items()])
 
     def _branch(self, request: Request) -> Reply:
@@ -243,9 +252,9 @@ class HubServer:
         tree = self._repo(request, write=True).find(request.groups["rev"])[1]
         files: list[dict[str, Any]] = []
         for path, size in ((file["path"], file["size"]) for file in json.loads(request.body)["files"]):
-            lfs = _is_lfs(path, size) and not self.inline_uploads
+            lfs = _is_lfs(path, size)
             files.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
-            if path in tree:  # the client compares: it commits no file that is there already
+            if path in tree:  # the client does not commit files that are there
                 files[-1]["oid"] = tree[path].sha256 if lfs else _Blob(tree[path].data, False).oid
         return _json({"files": files})
 
@@ -296,22 +305,15 @@ class HubServer:
         blob = tree[path]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{blob.sha256 if blob.lfs else blob.oid}"'}
         if not blob.lfs:
-            return self._content(request, path, blob, headers)
+            return self._content(repo.id, path, blob, headers)
         headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(blob.size)}
         return Reply(b"", 302, headers | {"Location": self._cdn_link("GET", repo.id, blob.sha256, path)})
 
-    def _content(self, request: Request, path: str, blob: _Blob, headers: dict[str, str]) -> Reply:
-        data, size = blob.data, blob.size
-        if (request.groups["repo"], path) in self.corrupted:
+    def _content(self, repo_id: str, path: str, blob: _Blob, headers: dict[str, str]) -> Reply:
+        data = blob.data
+        if (repo_id, path) in self.corrupted:
             data = data[:-1] + bytes(byte ^ 0xFF for byte in data[-1:])
-        headers |= {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", request.range or "")
-        if span is None:
-            return Reply(data, 200, headers)
-        first, last = int(span[1]), min(int(span[2] or size), size - 1)
-        if first > last:
-            raise _HubError(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{size}"})
-        return Reply(data[first : last + 1], 206, headers | {"Content-Range": f"bytes {first}-{last}/{size}"})
+        return Reply(data, 200, headers | {"Content-Type": "application/octet-stream"})
 
     def _cdn_link(self, method: str, repo_id: str, oid: str, path: str) -> str:
         sign = hashlib.sha256(f"{self._secret} {method} {repo_id} {oid}".encode()).hexdigest()[:16]
@@ -329,11 +331,7 @@ class HubServer:
                 raise _HubError(400, f"The content does not have the sha256 {oid}.")
             uploaded[oid] = blob
             return Reply()
-        reply = self._content(request, path, uploaded[oid], {"ETag": f'"{oid}"'})
-        for cut in [cut for cut in self.cuts if request.method == "GET" and fnmatchcase(request.path, cut[1])][:1]:
-            self.cuts.remove(cut)
-            reply.cut = cut[0]
-        return reply
+        return self._content(repo_id, path, uploaded[oid], {"ETag": f'"{oid}"'})
 
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
@@ -379,21 +377,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         hub, (raw_path, _, query) = self.server.hub, self.path.partition("?")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))  # no client sends it in chunks
-        span, token = self.headers.get("Range"), self.headers.get("Authorization")
-        request = Request(self.command, unquote(raw_path), span, token, query=parse_qs(query), body=body)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        token = self.headers.get("Authorization")
+        request = Request(self.command, unquote(raw_path), token, query=parse_qs(query), body=body)
         hub.log.append(request)
         reply = hub._answer(request, raw_path)
-        request.status, request.body = reply.status, b""
+        request.body = b""
         try:
             self.send_response(reply.status)
             for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(memoryview(reply.body)[: reply.cut])
+                self.wfile.write(reply.body)
         except ConnectionError:
-            reply.cut = 0
-        self.close_connection |= reply.cut is not None
+            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle

@@ -1,9 +1,9 @@
-"""Other people's programs know the models with no import of ours, and work with them: PyTorch imports this package.
+"""Libraries that build on timm know the models without an import of this package, and work with them.
 
-    pip install -e ".[test,clients]" && pytest tests/test_clients.py -m ""
+    pip install -e ".[test,clients]" && pytest -m client
 
-A program is a function that runs in a process of its own, in which nobody has imported timm or this package. Where
-models are exported and quantised registration does not matter, and the test is the program.
+A program is a function that runs in a new process, in which nothing has imported timm, and torch has imported this
+package. Tests of export and quantization run in the process of pytest.
 """
 
 import sys
@@ -31,8 +31,8 @@ def client(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Skips where the client is missing; nothing from the Hub, nothing of ours but the entry point."""
-    from conftest import CLIENT, installed  # it imports timm, so not in new processes
+    """Skip the test if the library is missing, and keep it off the Hub."""
+    from conftest import CLIENT, installed  # conftest imports timm, and new processes import this file
 
     (name,) = request.node.get_closest_marker(CLIENT).args
     record_property(CLIENT, name)
@@ -44,14 +44,14 @@ def client(
 
 
 def alone(program: Callable[..., Any], *args: Any) -> Any:
-    """What a program returns in a new process."""
+    """Run a program in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_start, program, *args).result()
 
 
 def _start(program: Callable[..., Any], *args: Any) -> Any:
     ours = {name for name in sys.modules if name.split(".")[0] in {"timm", "timm_dgconv"}}
-    assert ours == {"timm_dgconv", "timm_dgconv.autoload"}, ours  # imported by torch
+    assert ours == {"timm_dgconv", "timm_dgconv._autoload"}, ours  # imported by torch
     torch.manual_seed(0)
     return program(*args)
 
@@ -67,7 +67,7 @@ def weights(model: nn.Module) -> Weights:
 
 
 def assert_same(found: Weights, expected: Weights) -> None:
-    """The same weights, and what is computed with them up to rounding (weights lie elsewhere in memory)."""
+    """Equal weights, and logits that are equal up to rounding, since the weights are elsewhere in memory."""
     assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
     assert_close({**found, "logits": None}, {**expected, "logits": None}, rtol=0, atol=0)
 
@@ -77,7 +77,7 @@ def images(size: int = 32, count: int = 4) -> Tensor:
 
 
 def step(model: nn.Module, loss: Callable[[], Tensor], optimizer: Any = None) -> None:
-    """A training step, in which gates have gradients and move."""
+    """Train one step, in which all gates have gradients and change."""
     before = [gate.detach().clone() for gate in gates(model)]
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     loss().backward()
@@ -136,11 +136,11 @@ def read_with_transformers(folder: Path, kwargs: Mapping[str, Any] = MappingProx
 
 
 def write(folder: Path, form: str) -> Weights:
-    """A folder as it is on the Hub, by `timm-dgconv convert`, or by timm with a head of its own."""
+    """Write a folder as it is on the Hub, with `timm-dgconv convert`, or with timm for a fine-tuned model."""
     from conftest import trained
     from timm.models import save_for_hf
 
-    from timm_dgconv.hub import convert
+    from timm_dgconv.hub.convert import convert
 
     model = trained(**{"num_classes": 4} if form == "fine-tuned" else {}).eval()
     if form == "fine-tuned":
@@ -225,7 +225,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def fit_with_torch(epochs: int, weight: float, accumulate: int = 1) -> Weights:
-    """What the loops of others must come to: the complexity once a step in the loss, as the paper has it."""
+    """The expected weights: the complexity is in the loss once per step, as in the paper."""
     import timm
 
     from timm_dgconv import complexity
@@ -300,7 +300,7 @@ def fit_with_accelerate(folder: Path, epochs: int, weight: float, accumulate: in
                 optimizer.step()
                 optimizer.zero_grad()
         accelerator.save_state(folder)
-        with torch.no_grad():  # what is loaded is what counts
+        with torch.no_grad():  # load_state must restore the values
             for value in model.state_dict().values():
                 value.zero_()
         for state in optimizer.state.values():
@@ -366,7 +366,7 @@ def adapt(folder: Path) -> None:
     expected = model(images())
     model.save_pretrained(folder)
     assert_close(peft.PeftModel.from_pretrained(base(), folder)(images()), expected)
-    with pytest.raises(TypeError, match="DGConv2d takes no groups"):  # its product would not keep to the groups
+    with pytest.raises(TypeError, match="takes no groups"):  # LoRA would add weights between the groups
         peft.get_peft_model(base(), peft.LoraConfig(target_modules=["conv2"]))
     merged = base()
     merged.load_state_dict(model.merge_and_unload().state_dict())
@@ -409,7 +409,7 @@ def test_hub_mixin(tmp_path: Path) -> None:
     assert_close(read, written, rtol=0, atol=0)
 
 
-# Looking inside.
+# Features and explanations.
 
 
 def extract() -> None:
@@ -449,7 +449,7 @@ def explain_with_grad_cam() -> None:
     handle.remove()
     (gradients,) = torch.autograd.grad(logits.diagonal().sum(), kept)
     expected = (gradients.mean((2, 3), keepdim=True) * kept[0]).sum(1, keepdim=True).relu()
-    for size in ((8, 8), (64, 64)):  # it scales the values before and after the map
+    for size in ((8, 8), (64, 64)):  # GradCAM normalizes the map before and after resizing it
         expected = nn.functional.interpolate(expected, size, mode="bilinear")
         expected = expected - expected.amin((2, 3), keepdim=True)
         expected = expected / (1e-7 + expected.amax((2, 3), keepdim=True))
@@ -482,7 +482,7 @@ def test_captum() -> None:
     alone(explain_with_captum)
 
 
-# Deployment, of the model that learns, the compact form and the deployed one.
+# Deployment of the learnable, the compact and the deployed form.
 
 FORMS = ["learnable", "compact", "deployed"]
 
@@ -519,13 +519,13 @@ def test_onnx_runtime(form: str, dynamo: bool, tmp_path: Path) -> None:
 def run_exported(paths: list[Path]) -> list[list[np.ndarray[Any, Any]]]:
     programs = [torch.export.load(path).module() for path in paths]
     assert "timm" not in sys.modules
-    assert "timm_dgconv.dgconv" not in sys.modules
+    assert "timm_dgconv.layers.dgconv" not in sys.modules
     return [[program(images(64, count)).detach().numpy() for count in (1, 4, 7)] for program in programs]
 
 
 @pytest.mark.client("torch")
 def test_torch_export(tmp_path: Path) -> None:
-    """The files are run where nobody has imported timm, nor this package."""
+    """The files run in a process that has imported neither timm nor the layers of this package."""
     models = [in_form(form) for form in FORMS]
     paths = [tmp_path / f"{form}.pt2" for form in FORMS]
     batch = torch.export.Dim("batch", max=64)
@@ -557,7 +557,7 @@ def test_torch_compile(mode: str, form: str) -> None:
 @pytest.mark.client("torchao")
 @pytest.mark.slow
 def test_int8_keeps_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
-    """Static quantisation of the deployed form, calibrated with digits of the training, and compiled."""
+    """Static quantization of the deployed form, calibrated with training images, eager and compiled."""
     import timm
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
     from timm.utils import random_seed, reparameterize_model
@@ -588,9 +588,9 @@ def test_int8_keeps_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
 
     top1 = {
         "trained": last["top1"],
-        "deployed": evaluate(deployed, held_out, cpu),
-        "int8": evaluate(quantized, held_out, cpu),
-        "int8, compiled": evaluate(torch.compile(quantized), held_out, cpu),
+        "deployed": evaluate(deployed, held_out, cpu)[0],
+        "int8": evaluate(quantized, held_out, cpu)[0],
+        "int8, compiled": evaluate(torch.compile(quantized), held_out, cpu)[0],
     }
     with capsys.disabled():
         print(

@@ -1,12 +1,13 @@
-"""README and model cards are run as they stand; what needs ImageNet is parsed by the script that it names.
+"""The examples and commands of the README and the model cards work.
 
-The examples of docstrings run as doctests.
+Python blocks run as they are. Commands that need ImageNet are parsed by timm's scripts. Docstrings run as doctests.
 """
 
 import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -18,14 +19,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, run_python
 from PIL import Image
 
 import timm_dgconv
 from timm_dgconv.cli import main
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 CARDS = sorted(ROOT.glob("hub_configs/*/README.md"))
 SCRIPTS = os.environ.get("TIMM_SCRIPTS_DIR")
 
@@ -39,17 +40,15 @@ def commands(page: Path) -> list[str]:
     return [command.strip() for line in lines for command in line.split("&&")]
 
 
-def named(program: str) -> list[str]:
-    """The commands of the README that run this program."""
-    return [command for command in commands(README) if command.split()[0] == program]
+def named(program: str, page: Path = README) -> list[str]:
+    """The commands of a page that run this program."""
+    return [command for command in commands(page) if command.split()[0] == program]
 
 
-def run(codes: list[str], env: dict[str, str], before: str = "") -> list[str]:
-    """What each prints, one after the other in a new process."""
-    each = """
-import contextlib, io, json, sys
-*codes, before = json.loads(sys.stdin.read())
-exec(before)
+RUN = """
+import contextlib, io, json, sys, urllib.request
+*codes, image = json.loads(sys.argv[1])
+urllib.request.urlopen = lambda url: open(image, "rb")
 outputs = []
 for code in codes:
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -57,46 +56,54 @@ for code in codes:
     outputs.append(output.getvalue())
 print(json.dumps(outputs))
 """
-    command, given = [sys.executable, "-c", each], json.dumps([*codes, before])
-    result = subprocess.run(command, input=given, capture_output=True, text=True, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+SAME_OUTPUTS = """
+import timm, torch
+
+images = torch.randn(2, 3, 64, 64)
+models = [timm.create_model(name, pretrained=True).eval() for name in ("g_resnext50", "resnext50_32x4d.a1h_in1k")]
+with torch.inference_mode():
+    outputs, expected = (model(images) for model in models)
+torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+"""
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Environment with a Hub that has what README and cards load, with other weights."""
+    """The environment of a Hub with the models that the README and the cards load, with random weights."""
     with HubServer() as server:
-        resnext = timm.create_model("resnext50_32x4d")
+        resnext = timm.create_model("resnext50_32x4d", zero_init_last=False)
         weights = safetensors.torch.save(resnext.state_dict())
         server.add_repo("timm/resnext50_32x4d.a1h_in1k", {"model.safetensors": weights})
         for name in ("g_resnext50.dgconv_in1k", "resnext50_32x4d.dgconv_in1k"):
             config = (ROOT / "hub_configs" / name / "config.json").read_bytes()
             server.add_repo(f"OWNER/{name}", {"config.json": config, "model.safetensors": weights})
         yield server.env(tmp_path_factory.mktemp("home"))
-    assert server.errors == []
 
 
 def test_readme(hub: dict[str, str]) -> None:
-    run(blocks(README, "python"), hub)
+    """It runs, and `pretrained=True` computes the same as timm's ResNeXt."""
+    run_python(hub, RUN, [*blocks(README, "python"), SAME_OUTPUTS, ""])
+
+
+def test_links_of_the_pages() -> None:
+    for page in (README, CONTRIBUTING):
+        links = re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert all((ROOT / link).exists() for link in links)
 
 
 @pytest.mark.parametrize("name", ["g_resnext50", "resnext50_32x4d"])
 def test_model_card(name: str, hub: dict[str, str], tmp_path: Path) -> None:
-    """With another image in place of the one on the Hub."""
+    """With a local image."""
     codes = blocks(ROOT / "hub_configs" / f"{name}.dgconv_in1k" / "README.md", "python")
     Image.new("RGB", (320, 240), "white").save(tmp_path / "image.png")
-    urlopen = (
-        f"import urllib.request\nurllib.request.urlopen = lambda url: open({str(tmp_path / 'image.png')!r}, 'rb')\n"
-    )
-    printed = run(codes, hub, before=urlopen)
+    printed = run_python(hub, RUN, [*codes, str(tmp_path / "image.png")])
     assert len(printed) == 3
     for code, output in zip(codes, printed, strict=True):
         assert output.splitlines() == re.findall(r"#  (torch\.Size.*)", code)
 
 
 def test_model_card_of_g_resnext101() -> None:
-    """The code of that of g_resnext50, whose weights are a third."""
+    """It has the code of the card of g_resnext50, whose weights are smaller."""
     large, small = (
         blocks(ROOT / "hub_configs" / f"g_resnext{n}.dgconv_in1k" / "README.md", "python") for n in (101, 50)
     )
@@ -106,7 +113,7 @@ def test_model_card_of_g_resnext101() -> None:
 def test_our_commands(
     original: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order of the README, on files with the names that it uses."""
+    """They run in the order of the README, on files with its names."""
     monkeypatch.chdir(tmp_path)
     Path("g_resnext50.pth.tar").symlink_to(original[0])
     run_folder = Path("output/train/RUN")
@@ -121,10 +128,8 @@ def test_our_commands(
     done = []
     for command in named("timm-dgconv"):
         args = [str(path) for arg in shlex.split(command)[1:] for path in ([*sorted(Path().glob(arg))] or [arg])]
-        if args[0] in ("demo", "bench") or (args[0] == "publish" and "--dry-run" not in args):
-            continue  # test_demo, test_cli and test_hub run these
-        if args[0] == "convert" and Path(args[args.index("--out") + 1]).exists():
-            continue
+        if args[0] == "demo" or (args[0] == "publish" and "--dry-run" not in args):
+            continue  # test_demo runs one, test_publish runs the other
         assert main(args) == 0, command
         done.append(args[0])
     assert set(done) == {"convert", "inspect", "publish"}
@@ -156,16 +161,34 @@ for command in json.loads(sys.argv[2]):
     args = importlib.import_module(command[place].removesuffix(".py")).parser.parse_args(command[place + 1 :])
     timm.create_model(args.model, device="meta", **args.model_kwargs)
 """
-    scripts = [shlex.split(command) for command in named("python") + named("torchrun")]
+    commands = [shlex.split(command) for command in named("python") + named("torchrun")]
+    scripts = [words for words in commands if not words[1].startswith("benchmarks/")]
     assert {word for words in scripts for word in words if word.endswith(".py")} == {"train.py", "validate.py"}
     assert SCRIPTS is not None
     subprocess.run([sys.executable, "-c", code, SCRIPTS, json.dumps(scripts)], check=True)
 
 
-def test_every_command_is_known() -> None:
-    """A program that no test here looks at is no program that the README may name."""
+def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [
+        command for page in (README, CONTRIBUTING) for command in named("python", page) if "benchmarks/" in command
+    ]
+    assert found
+    for script, *args in (shlex.split(command)[1:] for command in found):
+        monkeypatch.setattr(sys, "argv", [script, *args, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert stop.value.code == 0
+        assert {word for word in args if word.startswith("--")} <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
+
+def test_every_program_is_tested() -> None:
     programs = {command.split()[0] for page in (README, *CARDS) for command in commands(page)}
     assert programs <= {"pip", "pytest", "python", "timm-dgconv", "torchrun", "nox"}
+
+
+def test_test_command() -> None:
+    """CI runs the line of the README."""
+    assert 'pip install -e ".[test]" && pytest\n' in blocks(README, "bash")
 
 
 @pytest.mark.parametrize("name", timm_dgconv.__all__)

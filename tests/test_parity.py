@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import Vectors, original_state_dict, uniform
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import timm_dgconv
@@ -16,7 +17,7 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 NUM_CASES = 8
 
 
-def _layer(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DGConv2d:
+def _layer(spec: dict[str, Any], tensors: dict[str, Tensor]) -> DGConv2d:
     conv = DGConv2d(
         spec["channels"],
         spec["channels"],
@@ -32,7 +33,7 @@ def _layer(spec: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DGConv2d:
     return conv
 
 
-def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, metadata = parity("dgconv2d")
     specs = json.loads(metadata["cases"])
     assert len(specs) == NUM_CASES
@@ -70,24 +71,28 @@ def test_layer_regularizer(parity: Vectors, case: int) -> None:
     assert_close(conv.gate.grad, expected["grad_regularizer"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["g_resnext50", "g_resnext101"])
-def test_network(parity: Vectors, name: str) -> None:
-    expected, metadata = parity(name)
+def _network(name: str, expected: dict[str, Any]) -> tuple[nn.Module, Tensor, int]:
+    """The network of the parity vectors, its input, and the key of the input."""
     model = timm.create_model(name, dtype=torch.float64).eval()
-    state_dict = original_state_dict(model, int(metadata["key0"]))
+    state_dict = original_state_dict(model, int(expected["key0"]))
     missing, unexpected = model.load_state_dict(
         {key.replace("conv2.conv.weight", "conv2.weight"): value for key, value in state_dict.items()}, strict=False
     )
     assert not unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing)
-    del state_dict
-    size, input_key = int(metadata["size"]), int(metadata["input_key"])
-    x = torch.from_numpy(uniform(2 * 3 * size * size, input_key)).reshape(2, 3, size, size)
+    size, key = int(expected["size"]), int(expected["input_key"])
+    return model, torch.from_numpy(uniform(2 * 3 * size * size, key)).reshape(2, 3, size, size), key
+
+
+@pytest.mark.parametrize("name", ["g_resnext50", pytest.param("g_resnext101", marks=pytest.mark.slow)])
+def test_network(parity: Vectors, name: str) -> None:
+    expected, metadata = parity(name)
+    model, x, key = _network(name, metadata)
     logits = model(x)
     regularizer = timm_dgconv.complexity(model)
     assert_close(logits, expected["logits"], **TOLERANCE)
     assert_close(regularizer.reshape(1), expected["regularizer"], **TOLERANCE)
-    weight = torch.from_numpy(uniform(2000, input_key + 1)).reshape(2, 1000)
+    weight = torch.from_numpy(uniform(2000, key + 1)).reshape(2, 1000)
     wanted = {key.removeprefix("grad."): value for key, value in expected.items() if key.startswith("grad.")}
     parameters = dict(model.named_parameters())
     assert {key for key in parameters if key.endswith(".gate")} <= wanted.keys()
@@ -98,20 +103,15 @@ def test_network(parity: Vectors, name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("case", range(NUM_CASES))
 @pytest.mark.parametrize(("autocast", "rtol"), [(False, 1e-4), (True, 5e-2)], ids=["float32", "bfloat16"])
 def test_layer_on_cuda(parity: Vectors, case: int, autocast: bool, rtol: float) -> None:
     spec, expected = _case(parity, case)
     conv = _layer(spec, expected).to("cuda", torch.float32)
     x = expected["x"].to("cuda", torch.float32).requires_grad_()
-    allow_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            y = conv(x)
-        y.backward(expected["grad_y"].to("cuda", y.dtype))
-    finally:
-        torch.backends.cudnn.allow_tf32 = allow_tf32
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        y = conv(x)
+    y.backward(expected["grad_y"].to("cuda", y.dtype))
     grads = {"grad_x": x.grad, "grad_weight": conv.weight.grad, "grad_gate": conv.gate.grad, "y": y}
     for key, value in grads.items():
         if key in expected:
@@ -120,21 +120,13 @@ def test_layer_on_cuda(parity: Vectors, case: int, autocast: bool, rtol: float) 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["g_resnext50", "g_resnext101"])
 def test_network_on_cuda(parity: Vectors, name: str) -> None:
     expected, metadata = parity(name)
-    model = timm.create_model(name, dtype=torch.float64).eval()
-    state_dict = original_state_dict(model, int(metadata["key0"]))
-    model.load_state_dict(
-        {key.replace("conv2.conv.weight", "conv2.weight"): value for key, value in state_dict.items()}, strict=False
-    )
-    model = model.to("cuda", torch.float32)
-    size, input_key = int(metadata["size"]), int(metadata["input_key"])
-    x = torch.from_numpy(uniform(2 * 3 * size * size, input_key)).reshape(2, 3, size, size).to("cuda", torch.float32)
+    model, x, _ = _network(name, metadata)
+    model, x, wanted = model.to("cuda", torch.float32), x.to("cuda", torch.float32), expected["logits"]
     with torch.inference_mode():
         for autocast, rtol in [(False, 1e-3), (True, 5e-2)]:
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 logits = model(x)
-            wanted = expected["logits"]
             assert_close(logits.double().cpu(), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))

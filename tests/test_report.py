@@ -1,50 +1,33 @@
-"""What was learned: counts against independent ones, every kind of checkpoint, plots."""
+"""group_report: counts against torch's own counter, the table, and any module with DGConv2d layers."""
 
-import argparse
 import copy
 import json
-import os
-import pickle
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dgconv
-from timm_dgconv import DGConv2d, group_report, plots
-from timm_dgconv.cli import main
-from timm_dgconv.report import Cost, GroupHistory
+from timm_dgconv import DGConv2d, group_report
+from timm_dgconv.report import Cost
 
 TINY = "test_g_resnext"
-SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
-
-
-def randomize(model: nn.Module, seed: int = 0, p: float = 0.5) -> None:
-    """Gates that are open with probability p, on the CPU; the weights may be on the meta device."""
-    generator = torch.Generator().manual_seed(seed)
-    for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
-        gate = torch.where(torch.rand(conv.gate.shape, generator=generator) < p, 0.01, -0.01)
-        conv.gate = nn.Parameter(gate.to(conv.weight.dtype))
 
 
 def without_weights(name: str, seed: int = 0, p: float = 0.5, **kwargs: Any) -> nn.Module:
-    with torch.device("meta"):
-        model = timm.create_model(name, **kwargs)
-    randomize(model, seed, p)
+    """A model on the meta device with gates on the CPU that are open with probability p."""
+    model = timm.create_model(name, device="meta", **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
+        conv.gate = nn.Parameter(torch.where(torch.rand(conv.gate.shape, generator=generator) < p, 0.01, -0.01))
     return model
 
 
 def counted(model: nn.Module, size: tuple[int, int, int]) -> Cost:
-    """By torch's own counter."""
     model = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model(torch.empty(1, *size, device="meta"))
@@ -76,7 +59,7 @@ def test_counts_are_those_of_torch(name: str, size: tuple[int, int, int] | None,
 
         dense = without_weights(name, p=1, **kwargs)
         assert report.dense == counted(timm_dgconv.compact(dense), report.input_size)
-        assert report.share == pytest.approx(report.complexity / timm_dgconv.complexity(dense).item())
+        assert report.density == pytest.approx(report.complexity / timm_dgconv.complexity(dense).item())
         assert group_report(dense, size).learned == report.dense
 
         fixed = timm.create_model(name, groups=[c.resnext_groups for c in report.layers], device="meta", **kwargs)
@@ -105,7 +88,7 @@ def test_dense_and_resnext_are_those_of_timm() -> None:
     report = group_report(without_weights(TINY))
     args: Any = dict(layers=(1, 1, 1, 1), channels=(16, 32, 48, 96), device="meta")
     assert report.resnext == counted(ResNet(Bottleneck, cardinality=4, base_width=16, **args), report.input_size)
-    assert report.resnext_share == 1 / 4
+    assert report.resnext_density == 1 / 4
 
 
 def test_table() -> None:
@@ -117,15 +100,15 @@ def test_table() -> None:
     assert str(report).splitlines()[:5] == [
         "test_g_resnext, input 3 x 160 x 160",
         "",
-        "layer           channels  resolution  groups  channels  open bits  parameters                   MACs, M",
-        "                                               a group                learned   dense  ResNeXt  "
+        "layer           channels  resolution  groups   channels  open bits  parameters                   MACs, M",
+        "                                              per group                learned   dense  ResNeXt  "
         "learned  dense  ResNeXt",
-        "layer1.0.conv2        16     40 x 40       4         4       0101         576   2,304      576  "
+        "layer1.0.conv2        16     40 x 40       4          4       0101         576   2,304      576  "
         "   0.92   3.69     0.92",
     ]
     assert f"{report.learned.params:,}" in str(report)
     assert "ResNeXt, 4 groups" in str(report)
-    assert str(report).splitlines()[-1].split()[-3:] == [f"{100 * report.share:.2f}", "100.00", "25.00"]
+    assert str(report).splitlines()[-1].split()[-3:] == [f"{100 * report.density:.2f}", "100.00", "25.00"]
     written = json.loads(json.dumps(report.as_dict()))
     assert written["layers"][0] == {
         "name": "layer1.0.conv2",
@@ -140,7 +123,7 @@ def test_table() -> None:
         "resnext": {"params": 576, "macs": 921600},
         "resnext_groups": 4,
     }
-    assert (written["complexity"], written["share"]) == (report.complexity, report.share)
+    assert (written["complexity"], written["density"]) == (report.complexity, report.density)
 
 
 def test_sorted_gates_act_on_other_bits_than_they_are_stored_for() -> None:
@@ -153,7 +136,7 @@ def test_sorted_gates_act_on_other_bits_than_they_are_stored_for() -> None:
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel holds a model."""
+    """A wrapper like DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -181,7 +164,7 @@ def test_features_only(kwargs: dict[str, Any]) -> None:
     assert all(layer.resnext is not None and layer.resolution is not None for layer in report.layers)
 
 
-def test_layers_of_ones_own() -> None:
+def test_layers_of_other_networks() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -207,12 +190,12 @@ def test_layers_of_ones_own() -> None:
     assert (unused.resolution, unused.learned.macs) == (None, 0)
     head = Cost(12 * 5 + 5, 12 * 5)
     assert report.learned == first.learned + again.learned + unused.learned + head
-    assert report.resnext is report.resnext_share is None
+    assert report.resnext is report.resnext_density is None
     assert "-" in str(report)
     assert report.model == "Net"
 
 
-def test_the_model_stays_as_it_is() -> None:
+def test_model_does_not_change() -> None:
     model = timm.create_model(TINY, drop_path_rate=0.5, drop_rate=0.5).train()
     calls = []
     model.layer1.register_forward_hook(lambda *args: calls.append(args))
@@ -244,229 +227,10 @@ def test_half_precision() -> None:
         (nn.Sequential(DGConv2d(4, 4, 1)), (4, 8), ValueError, ["(4, 8)", "(channels, height, width)"]),
         (nn.Sequential(DGConv2d(4, 4, 1)), (4, 0, 8), ValueError, ["(4, 0, 8)", "positive"]),
         (nn.Sequential(DGConv2d(4, 4, 1)), 224, TypeError, ["input_size=224", "three integers"]),
-        (nn.Sequential(DGConv2d(4, 4, 1, device="meta")), (4, 8, 8), ValueError, ["gates of 0", "load weights"]),
+        (nn.Sequential(DGConv2d(4, 4, 1, device="meta")), (4, 8, 8), RuntimeError, ["meta device", "load weights"]),
     ],
 )
-def test_refuses(model: nn.Module, size: Any, error: type[Exception], named: list[str]) -> None:
+def test_wrong_arguments(model: nn.Module, size: Any, error: type[Exception], named: list[str]) -> None:
     with pytest.raises(error) as caught:
         group_report(model, size)
     assert all(word in str(caught.value) for word in named), caught.value
-
-
-# The command, on checkpoints.
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    model = timm.create_model(TINY, num_classes=10)
-    randomize(model)
-    return model
-
-
-@pytest.fixture(scope="module")
-def run(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Checkpoints of a run as timm's train.py writes them, epochs 0, 4, 8; the averaged weights have one group."""
-    folder = tmp_path_factory.mktemp("run")
-    paths = []
-    for epoch in (0, 4, 8):
-        now, averaged = copy.deepcopy(model), copy.deepcopy(model)
-        randomize(now, seed=epoch)
-        randomize(averaged, p=1)
-        checkpoint = {"epoch": epoch, "arch": TINY, "state_dict": now.state_dict(), "args": argparse.Namespace(lr=1)}
-        if epoch == 8:
-            checkpoint["state_dict_ema"] = averaged.state_dict()
-        paths.append(str(folder / f"checkpoint-{epoch}.pth.tar"))
-        torch.save(checkpoint, paths[-1])
-    return paths
-
-
-def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]]:
-    assert main(["inspect", *args, "--model", TINY, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("form", ["state_dict.pt", "legacy.pth", "safetensors", "original", "folder", "compact"])
-def test_inspect_reads_what_convert_takes(
-    model: nn.Module, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / form
-    expected = group_report(model).as_dict()
-    if form in ("safetensors", "folder", "compact"):
-        source = tmp_path / "weights.safetensors"
-        safetensors.torch.save_file(model.state_dict(), source)
-        if form != "safetensors":
-            args = ["--out", str(tmp_path / form), *(["--compact"] if form == "compact" else [])]
-            assert main(["convert", str(source), "--model", f"{TINY}.mine", *args]) == 0
-            source = tmp_path / form
-        if form == "compact":
-            expected = group_report(timm_dgconv.compact(model)).as_dict()
-    elif form == "original":
-        state_dict: dict[str, Tensor] = {}
-        for name, value in model.state_dict().items():
-            state_dict["module." + name.replace("conv2.weight", "conv2.conv.weight")] = value
-            if name.endswith("gate"):
-                state_dict["module." + name.replace("gate", "D")] = torch.eye(2)
-                state_dict["module." + name.replace("gate", "I")] = torch.ones(2, 2)
-        torch.save({"state_dict": state_dict, "best_acc1": torch.tensor(1.0)}, source)
-    else:
-        torch.save(model.state_dict(), source, _use_new_zipfile_serialization=form != "legacy.pth")
-    capsys.readouterr()
-    state = torch.get_rng_state()
-    (found,) = inspected(capsys, str(source))
-    assert found == json.loads(json.dumps({"source": str(source), "epoch": None, **expected}))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_inspect_a_plain_resnext(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plain.pt"
-    torch.save(timm.create_model(TINY, groups=[4, 4, 4, 4]).state_dict(), path)
-    (found,) = inspected(capsys, str(path), "--img-size", "64")
-    assert [(layer["groups"], layer["bits"]) for layer in found["layers"]] == [(4, None)] * 4
-    assert found["learned"] == found["resnext"]
-    assert found["input_size"] == [3, 64, 64]
-
-
-def test_inspect_a_model_of_the_hub(model: nn.Module, tmp_path: Path) -> None:
-    weights = safetensors.torch.save(model.state_dict())
-    with HubServer() as server:
-        server.add_repo("owner/tiny", {"model.safetensors": weights}, branch="other")
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from timm_dgconv.cli import main; main()",
-                "inspect",
-                "owner/tiny@other",
-                "--model",
-                f"{TINY}.mine",
-            ],
-            env={**os.environ, **server.env(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert server.errors == []
-    assert done.stdout == f"{group_report(model)}\n", done.stderr
-
-
-def test_inspect_a_run(run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reports = inspected(capsys, *reversed(run), "--no-ema")
-    assert [report["epoch"] for report in reports] == [0, 4, 8]
-    assert [report["source"] for report in reports] == run
-    assert main(["inspect", *run, "--no-ema", "--model", f"{TINY}.dgconv_in1k"]) == 0
-    title, _, head, *rows, shares = capsys.readouterr().out.splitlines()
-    assert title == "test_g_resnext, groups by epoch"
-    assert head.split() == ["layer", "channels", "0", "4", "8"]
-    for n, row in enumerate(rows):
-        groups = [str(report["layers"][n]["groups"]) for report in reports]
-        assert row.split() == [reports[0]["layers"][n]["name"], str(reports[0]["layers"][n]["in_channels"]), *groups]
-    assert shares.split() == ["connections,", "%", "of", "dense", *(f"{100 * r['share']:.2f}" for r in reports)]
-
-    averaged = inspected(capsys, run[-1])[0]
-    assert (averaged["share"], averaged["epoch"]) == (1, 8)
-
-
-def test_checkpoints_without_an_epoch_go_by_their_names(
-    model: nn.Module, run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        torch.save(model.state_dict(), tmp_path / name / "last.pt")
-    (tmp_path / "c.pt").write_bytes((tmp_path / "a" / "last.pt").read_bytes())
-    head = "layer channels"
-    for sources, labels in [(["a/last.pt", "c.pt"], "last.pt c.pt"), (["a/last.pt", "b/last.pt"], None)]:
-        paths = [str(tmp_path / source) for source in sources]
-        assert main(["inspect", *paths, "--model", TINY]) == 0
-        title, _, found, *_ = capsys.readouterr().out.splitlines()
-        assert title == "test_g_resnext, groups by checkpoint"
-        assert " ".join(found.split()) == f"{head} {labels or ' '.join(paths)}"
-    assert main(["inspect", run[1], str(tmp_path / "c.pt"), "--model", TINY]) == 0
-    assert " ".join(capsys.readouterr().out.splitlines()[2].split()) == f"{head} epoch 4 c.pt"
-
-
-@pytest.mark.parametrize("suffix", list(SIGNATURES))
-@pytest.mark.parametrize("count", [1, 3])
-def test_plots(run: list[str], count: int, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"groups{suffix}"
-    assert main(["inspect", *run[:count], "--model", TINY, "--plot", str(path), "--layers", "layer3.0.conv2"]) == 0
-    assert path.read_bytes().startswith(SIGNATURES[suffix])
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    assert "layer4.0.conv2" in capsys.readouterr().out, "the table has all layers"
-
-
-def test_plots_of_many(tmp_path: Path) -> None:
-    """Many layers, many checkpoints, wide layers, other shapes; names that have no room."""
-    wide = group_report(without_weights("g_resnext101"))
-    plots.draw(wide, tmp_path / "wide.png", ["layer4.0.conv2", *(f"layer3.{n}.conv2" for n in range(4))])
-    count = 60
-    history = GroupHistory((wide,) * count, tuple(f"checkpoint-{n}.pth.tar" for n in range(count)), (None,) * count)
-    plots.draw(history, tmp_path / "many.svg")
-    own = nn.Sequential(DGConv2d(6, 12, 1), nn.Sequential(DGConv2d(12, 300, 1)))
-    plots.draw(group_report(own, (6, 4, 4)), tmp_path / "own.pdf")
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_missing_matplotlib(
-    run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "timm-dgconv inspect: plots need matplotlib: pip install 'timm-dgconv[plot]'"
-    ]
-
-
-class Code:
-    """What a checkpoint must not do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (["RUN", "--model", "g_resnext5"], "unknown model 'g_resnext5'; expected g_resnext50, g_resnext101"),
-        (["RUN", "--model", "resnext50_32x4d.dgconv_in1k"], "unknown model 'resnext50_32x4d.dgconv_in1k'"),
-        (["RUN", "--model", TINY, "--img-size", "0"], "image size must be at least 1, got 0"),
-        (["RUN", "--model", "g_resnext50"], "is a checkpoint of another network than g_resnext50: size mismatch"),
-        (["RUN", "HEAD", "--model", TINY], "is of another network than"),
-        (["absent.pt", "--model", TINY], "there is no file absent.pt"),
-        ([".", "--model", TINY], ". has no model.safetensors; name a checkpoint, or a folder that timm-dgconv convert"),
-        (["CODE", "--model", TINY], "refused, not executed"),
-        (["THREE", "--model", TINY], "3 groups"),
-        (["RUN", "--model", TINY, "--layers", "layer1.0.conv2"], "--layers chooses what a plot shows: add --plot FILE"),
-        (["RUN", "--model", TINY, "--plot", "x.png", "--layers", "layer9"], "no layer 'layer9' that learns groups; it"),
-        (["absent.pt", "--model", TINY, "--plot", "x.jpeg"], "x.jpeg must end in .pdf, .png or .svg"),
-        (["absent.pt", "--model", TINY, "--plot", "no/x.png"], "no is no folder; create it"),
-    ],
-)
-def test_inspect_refuses(
-    args: list[str],
-    named: str,
-    model: nn.Module,
-    run: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if "HEAD" in args:
-        torch.save(timm.create_model(TINY, num_classes=11).state_dict(), "HEAD")
-    if "CODE" in args:
-        Path("CODE").write_bytes(pickle.dumps({"epoch": 1, "state_dict": Code(tmp_path / "done")}))
-    if "THREE" in args:
-        state_dict = model.state_dict()
-        del state_dict["layer3.0.conv2.gate"]
-        state_dict["layer3.0.conv2.weight"] = torch.zeros(48, 16, 3, 3)
-        torch.save(state_dict, "THREE")
-    before = sorted(tmp_path.iterdir())
-    assert main(["inspect", *(run[0] if arg == "RUN" else arg for arg in args)]) == 2
-    out, error = capsys.readouterr()
-    assert named in error
-    assert len(error.splitlines()) == 1
-    assert out == ""
-    assert sorted(tmp_path.iterdir()) == before

@@ -1,42 +1,55 @@
-"""One model in many threads, and many models in as many."""
+"""One model in many threads, and many models in as many threads."""
 
 import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-import timm
 import torch
+from conftest import conv_with, gates, trained
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_dgconv import DGConv2d, compact, freeze_groups, group_conv
+from timm_dgconv import compact, freeze_groups
 
 THREADS = 8
 TIMEOUT = 120  # seconds, for a thread that waits for ever
 
+STEERED = {"complexity_weight": 1e-4, "complexity_target": 0.1}
+
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
 
-def network(seed: int = 0, weight: float = 0.0, target: float | None = None) -> nn.Module:
-    torch.manual_seed(seed)
-    model = timm.create_model("test_g_resnext", num_classes=5, complexity_weight=weight, complexity_target=target)
+def network(**kwargs: Any) -> nn.Module:
+    """A network whose gates are so close to zero that a few steps flip some."""
+    model = trained(num_classes=5, **kwargs)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, DGConv2d):
-                module.gate.copy_(torch.randn_like(module.gate) * 0.01)
+        for gate in gates(model):
+            gate.mul_(0.01)
     return model
 
 
-@pytest.fixture(params=["read", "known"])
-def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates as on a CPU, and as on a device from which they are read once, which this test plays."""
-    if request.param == "known":
-        monkeypatch.setattr(group_conv, "_READ_DIRECTLY", set())
+def freeze(model: nn.Module) -> nn.Module:
+    frozen = copy.deepcopy(model)
+    freeze_groups(frozen)
+    return frozen
 
 
-@pytest.mark.usefixtures("reading")
+def train(model: nn.Module, seed: int, steps: int = 6) -> list[Tensor]:
+    """The weights and gates after some steps."""
+    random = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(2, 3, 32, 32, generator=random)
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [value.detach().clone() for value in model.state_dict().values()]
+
+
+@pytest.mark.usefixtures("gate_reads")
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_inference_while_copies_are_made(mode: Callable[[], torch.inference_mode]) -> None:
     model = network().eval()
@@ -68,40 +81,21 @@ def test_inference_while_copies_are_made(mode: Callable[[], torch.inference_mode
     assert results == [True] * THREADS
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    frozen = copy.deepcopy(model)
-    freeze_groups(frozen)
-    return frozen
-
-
-def trained(model: nn.Module, seed: int, steps: int = 6) -> list[Tensor]:
-    """The weights and gates after some steps."""
-    random = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        x = torch.randn(2, 3, 32, 32, generator=random)
-        model(x).square().mean().backward()
-        optimizer.step()
-    return [value.detach().clone() for value in model.state_dict().values()]
-
-
-@pytest.mark.usefixtures("reading")
-@pytest.mark.parametrize("steering", [(0.0, None), (1e-4, None), (1e-4, 0.1)], ids=["free", "weight", "target"])
-def test_training_of_copies(steering: tuple[float, float | None]) -> None:
-    model = network(0, *steering)
+@pytest.mark.usefixtures("gate_reads")
+@pytest.mark.parametrize("kwargs", [{}, {"complexity_weight": 1e-4}, STEERED], ids=["free", "weight", "target"])
+def test_training_of_copies(kwargs: dict[str, Any]) -> None:
+    model = network(**kwargs)
     copies = [copy.deepcopy(model) for _ in range(THREADS)]
-    expected = [trained(copy.deepcopy(model), seed) for seed in range(THREADS)]
+    expected = [train(copy.deepcopy(model), seed) for seed in range(THREADS)]
     with ThreadPoolExecutor(THREADS) as pool:
-        got = list(pool.map(trained, copies, range(THREADS), timeout=TIMEOUT))
+        got = list(pool.map(train, copies, range(THREADS), timeout=TIMEOUT))
     for ours, alone in zip(got, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
 
 
-def test_backward_passes_of_one_model() -> None:
-    """Gradients that several threads ask for at once, of memory that is used again."""
-    conv = DGConv2d(32, 32, 3, padding=1, dtype=torch.float64)
+def test_backward_passes_of_one_layer() -> None:
+    """Several threads compute gradients at once, in memory that is used again."""
+    conv = conv_with("10101", 32, 32, padding=1, dtype=torch.float64)
     inputs = [torch.randn(2, 32, 6, 6, dtype=torch.float64) for _ in range(THREADS)]
 
     def gradients(n: int) -> list[Tensor]:
@@ -120,13 +114,10 @@ def test_backward_passes_of_one_model() -> None:
 
 
 def test_models_come_and_go() -> None:
-    """While others are trained, whose steps look at all models that are steered."""
+    """A step looks at all models that are steered, while other threads make and drop models."""
 
     def work(seed: int) -> bool:
-        return all(
-            torch.stack([t.double().sum() for t in trained(network(seed, 1e-4, 0.1), n, 2)]).isfinite().all()
-            for n in range(3)
-        )
+        return all(t.isfinite().all() for n in range(3) for t in train(network(**STEERED), 3 * seed + n, 2))
 
     with ThreadPoolExecutor(THREADS) as pool:
         assert all(pool.map(work, range(THREADS), timeout=TIMEOUT))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_dgconv import grouping
+from timm_dgconv.layers import grouping
 
 open_gates = st.lists(st.booleans(), min_size=1, max_size=5)
 factors = st.integers(1, 3)
@@ -54,13 +54,18 @@ def test_groups(is_open: list[bool], q_out: int, q_in: int) -> None:
     assert grouping.complexity(gate, q_out * n, q_in * n) == matrix.sum()
 
 
-@given(open_gates, factors, factors)
-def test_sorted_groups_are_contiguous(is_open: list[bool], q_out: int, q_in: int) -> None:
+@given(open_gates, factors, factors, st.booleans())
+def test_channel_order_makes_groups_contiguous(is_open: list[bool], q_out: int, q_in: int, sort: bool) -> None:
     gate, n = gates(is_open), 2 ** len(is_open)
     groups = 1 << is_open.count(False)
+    out_order, in_order = (grouping.channel_order(gate, q * n, sort) for q in (q_out, q_in))
+    if sort:
+        assert out_order.tolist() == list(range(q_out * n))
+    matrix = grouping.connectivity(gate, q_out * n, q_in * n, sort)[out_order][:, in_order]
     block = torch.ones(q_out * n // groups, q_in * n // groups, dtype=torch.float64)
-    matrix = grouping.connectivity(gate, q_out * n, q_in * n, sort=True)
     assert torch.equal(matrix, torch.block_diag(*[block] * groups))
+    blocks = grouping.group_blocks(matrix[:, :, None, None], groups)
+    assert torch.equal(blocks, block[:, :, None, None].expand(groups, -1, -1, 1, 1))
 
 
 def test_sorted_gradient_keeps_the_order_of_equal_gates() -> None:
@@ -78,13 +83,10 @@ def test_special_gates(dtype: torch.dtype) -> None:
     assert grouping.closed_gates(gate).tolist() == [False, True, False, True, False, True]
     matrix = grouping.connectivity(gate, 64, 64)
     assert set(matrix.unique().tolist()) == {0.0, 1.0}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert matrix.dtype == grouping.complexity(gate, 64, 64).dtype == wide
     matrix.sum().backward()
     assert gate.grad.isfinite().all()
-
-
-def test_nan_gates_show() -> None:
-    assert grouping.connectivity(torch.tensor([1.0, float("nan")]), 4, 4).isnan().any()
-    assert grouping.complexity(torch.tensor([1.0, float("nan")]), 4, 4).isnan()
 
 
 @pytest.mark.parametrize(("channels", "bits"), [((64, 64), 6), ((96, 48), 4), ((2, 6), 1), ((1024, 1024), 10)])

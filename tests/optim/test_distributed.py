@@ -1,12 +1,10 @@
-"""Several processes: the same gates in all of them after every step, and the training of one."""
+"""DistributedDataParallel, FullyShardedDataParallel and fully_shard train as one process does."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_ranks
-
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 PARALLEL = """
     import contextlib, copy, timm
@@ -99,8 +97,8 @@ PARALLEL = """
         pytest.param("unused", 4, marks=pytest.mark.slow),
     ],
 )
-def test_hundred_steps(kind: str, world: int, tmp_path: Path) -> None:
-    """Gates near zero, with the complexity term and a target: gradients, gates and all parameters as in one process."""
+def test_parallel(kind: str, world: int, tmp_path: Path) -> None:
+    """Gradients, gates and all parameters in hundred steps with gates near zero, a complexity term and a target."""
     run_ranks(tmp_path, PARALLEL, kind, world=world)
 
 
@@ -109,16 +107,15 @@ SHARDED = """
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from timm_dgconv import DGConv2d, block_groups, complexity
+    from timm_dgconv import DGConv2d, block_groups
 
     kind, wanted = args
     torch.manual_seed(0)
-    weight = 0.0 if wanted == "plain" else 1e-4
     model = timm.create_model(
         "test_g_resnext",
         num_classes=3,
         zero_init_last=False,
-        complexity_weight=weight,
+        complexity_weight=0.0 if wanted == "plain" else 1e-4,
         complexity_target=0.1 if kind == "fully_shard" and wanted == "error" else None,
     )
     model = model.double().eval()
@@ -134,11 +131,19 @@ SHARDED = """
         mesh = init_device_mesh("cpu", (world,))
         for stage in (model.layer1, model.layer2, model.layer3, model.layer4, model):
             fully_shard(stage, mesh=mesh)
-        sharded = model
+        sharded, gathered = model, contextlib.nullcontext
     else:
-        ignored = dict(ignored_states=gates) if kind == "ignored" else {}
-        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **ignored)
-    if kind == "fully_shard":
+        options = dict(flat=dict(use_orig_params=True), ignored=dict(use_orig_params=True, ignored_states=gates))
+        sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options.get(kind, {}))
+        gathered = FullyShardedDataParallel.summon_full_params
+    if kind in ("default", "flat"):
+        try:
+            block_groups(sharded)
+        except RuntimeError as error:
+            assert "summon_full_params" in str(error) and "fully_shard" in str(error)
+        else:
+            raise AssertionError("the gates are in another process")
+    with gathered(sharded):
         assert block_groups(sharded) == block_groups(alone)
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (sharded, alone)]
     flipped = 0
@@ -159,37 +164,41 @@ SHARDED = """
             optimizers[0].step()
         except RuntimeError as error:
             assert wanted == "error", error
-            assert "finds 0 of the" in str(error) or "complexity_target needs all gates" in str(error)
-            assert "fully_shard" in str(error)
+            needs = "complexity_target needs all gates" if kind == "fully_shard" else "needs whole gates"
+            assert needs in str(error) and "fully_shard" in str(error), error
             break
+        assert wanted != "error", "no error"
         optimizers[1].step()
         flipped += int((torch.cat([alone.get_parameter(name) for name in names]).signbit() != before).sum())
     else:
-        assert wanted != "error"
         assert flipped > 0
-        gathered = FullyShardedDataParallel.summon_full_params
-        with contextlib.nullcontext() if kind == "fully_shard" else gathered(sharded):
-            for name, p in sharded.named_parameters():
-                p = p.full_tensor() if kind == "fully_shard" else p
-                expected = alone.get_parameter(name.replace("_fsdp_wrapped_module.", ""))
-                torch.testing.assert_close(p.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+        with gathered(sharded):
+            got, expected = ({name: p.detach() for name, p in m.named_parameters()} for m in (model, alone))
+            got = {name: p.full_tensor() for name, p in got.items()} if kind == "fully_shard" else got
+            torch.testing.assert_close(got, dict(expected), rtol=1e-10, atol=1e-10)
     """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
-        ("flat", "plain"),  # FullyShardedDataParallel
-        ("flat", "error"),  # a complexity_weight needs whole gates
-        ("ignored", "steered"),
-        ("fully_shard", "plain"),
-        ("fully_shard", "error"),  # a complexity_target does
-        ("fully_shard", "steered"),
+        ("default", "error"),  # FullyShardedDataParallel has parts of gates, and complexity_weight needs whole gates
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("default", "plain"),
+                ("flat", "plain"),  # use_orig_params=True
+                ("flat", "error"),
+                ("ignored", "steered"),
+                ("fully_shard", "plain"),
+                ("fully_shard", "error"),  # complexity_target needs whole gates
+                ("fully_shard", "steered"),
+            )
+        ),
     ],
 )
 def test_sharded(kind: str, wanted: str, tmp_path: Path) -> None:
     """Parameters as in one process, also with a complexity_weight; or a clear error."""
-    if kind == "fully_shard" and TORCH < (2, 7):
+    if kind == "fully_shard" and torch.__version__ < (2, 7):
         pytest.skip("fully_shard needs CUDA before torch 2.7")
     run_ranks(tmp_path, SHARDED, kind, wanted)

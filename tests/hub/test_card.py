@@ -1,0 +1,93 @@
+"""hub_configs/ and model cards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from timm.models._hub import save_config_for_hf
+
+from timm_dgconv.hub.card import model_card
+from timm_dgconv.hub.convert import describe
+from timm_dgconv.hub.model import BASELINE
+
+HUB_CONFIGS = Path(__file__).parents[2] / "hub_configs"
+NAMES = ["g_resnext50.dgconv_in1k", "g_resnext101.dgconv_in1k", BASELINE]
+RECORDS_ARGS = hasattr(timm.models, "get_model_args")  # in config.json, timm >= 1.0.31
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_hub_configs_are_complete() -> None:
+    ours = [name for arch in ("g_resnext50", "g_resnext101") for name in timm.models.get_arch_pretrained_cfgs(arch)]
+    own = [name for name in ours if not name.split(".")[1].startswith("resnext_")]
+    assert names(HUB_CONFIGS) == sorted([*own, BASELINE]) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hub_config(name: str, tmp_path: Path) -> None:
+    """The files are as `describe` writes them, the config also as timm writes it and as in default_cfgs."""
+    describe(name, tmp_path)
+    assert names(HUB_CONFIGS / name) == names(tmp_path) == ["README.md", "config.json"]
+    rewrite = f"write it again: timm_dgconv.hub.convert.describe({name!r}, Path('hub_configs/{name}'))"
+    assert (tmp_path / "README.md").read_bytes() == (HUB_CONFIGS / name / "README.md").read_bytes(), rewrite
+    config = json.loads((HUB_CONFIGS / name / "config.json").read_text())
+    written = json.loads((tmp_path / "config.json").read_text())
+    arch = name.split(".")[0]
+    cfg = timm.get_pretrained_cfg("g_resnext50.dgconv_in1k" if name == BASELINE else name).to_dict()
+    cfg["architecture"] = arch
+    with torch.device("meta"):
+        model = timm.create_model(arch, pretrained_cfg=cfg, num_classes=1000)
+    save_config_for_hf(model, tmp_path / "timm.json")
+    by_timm = json.loads((tmp_path / "timm.json").read_text())
+    paper = {
+        "paper_ids": "arXiv:1611.05431",
+        "paper_name": "Aggregated Residual Transformations for Deep Neural Networks",
+    }
+    by_timm["pretrained_cfg"] |= paper if name == BASELINE else {}
+    if RECORDS_ARGS:  # transformers cannot load a second num_classes
+        assert by_timm["model_args"].pop("num_classes") == by_timm["num_classes"]
+    assert written == by_timm, rewrite
+    # timm < 1.0.31 does not record model_args and global_pool.
+    assert (written if RECORDS_ARGS else {**config, **written}) == config, rewrite
+
+    assert config["architecture"] == arch
+    stored = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()
+    }
+    assert "hf_hub_id" not in stored
+    if name != BASELINE:
+        default = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
+        assert {key: default[key] for key in stored} == stored
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_card(name: str) -> None:
+    card = ModelCard.load(HUB_CONFIGS / name / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.library_name == "timm"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.datasets == ["imagenet-1k"]
+    assert {"image-classification", "timm"} <= set(card.data.tags)
+    params = sum(parameter.numel() for parameter in timm.create_model(name.split(".")[0], device="meta").parameters())
+    activations = 31.2 if "101" in name else 14.4
+    stats = [f"Params (M): {params / 1e6:.1f}\n", "GMACs: ", f"Activations (M): {activations}"]
+    for text in (*stats, "78.592", "78.198", "@InProceedings"):
+        assert text in card.text
+    usage = ["Image Classification", "Feature Map Extraction", "Image Embeddings"]
+    assert all(f"# {heading}\n" in card.text for heading in ["Model Details", "Model Usage", *usage])
+    assert ("pip install timm-dgconv" in card.text) == ("timm-dgconv" in card.data.tags) == (name != BASELINE)
+    assert ("a DGConv is counted dense, as it is stored; it is computed as a group conv" in card.text) == (
+        name != BASELINE
+    )
+
+
+def test_card_of_the_compact_form() -> None:
+    groups = [32, 16, *[8] * 14]
+    card = model_card(timm.create_model("g_resnext50.dgconv_in1k", groups=groups, device="meta"))
+    assert f"The numbers of groups per block are {', '.join(map(str, groups))}." in card
+    assert "dense" not in card

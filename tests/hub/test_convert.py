@@ -1,0 +1,312 @@
+"""timm-dgconv convert: checkpoints become folders that timm loads, with the outputs of the checkpoint."""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import trained
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from timm_dgconv import DGConv2d, block_groups, group_report
+from timm_dgconv.cli import main
+from timm_dgconv.hub import convert
+from timm_dgconv.hub.model import BASELINE
+
+HUB_CONFIGS = Path(__file__).parents[2] / "hub_configs"
+TINY = "test_g_resnext.mine"
+TIMM = tuple(int(number) for number in re.findall(r"\d+", timm.__version__)[:3])
+LOADS_FOLDERS = TIMM >= (1, 0, 26)  # earlier versions read the safetensors file in a folder as a pickle
+RECORDS_ARGS = TIMM >= (1, 0, 31)  # in config.json
+
+
+def load(folder: Path) -> nn.Module:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True) if LOADS_FOLDERS else convert.reload(folder)
+
+
+def original(model: nn.Module) -> dict[str, Any]:
+    """The checkpoint that the original release would have written of this model."""
+    state_dict = {}
+    for name, value in model.state_dict().items():
+        layer = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(layer), DGConv2d) and name.endswith(".weight"):
+            state_dict[f"module.{layer}.D"], state_dict[f"module.{layer}.I"] = torch.eye(2), torch.ones(2, 2)
+            name = f"{layer}.conv.weight"
+        state_dict[f"module.{name}"] = value
+    return {"epoch": 120, "arch": "g_resnext50", "state_dict": state_dict, "best_prec1": torch.tensor(78.6)}
+
+
+def train_checkpoint(model: nn.Module, **model_kwargs: Any) -> dict[str, Any]:
+    """The checkpoint that timm's train.py writes."""
+    args = argparse.Namespace(lr=0.1, model_kwargs=model_kwargs)
+    return {"epoch": 3, "arch": "test_g_resnext", "state_dict": model.state_dict(), "args": args}
+
+
+def outputs(model: nn.Module) -> Tensor:
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    images = torch.randn(2, stem.in_channels, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.eval()(images)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    return trained(num_classes=11).eval()
+
+
+@pytest.fixture(scope="module")
+def other() -> nn.Module:
+    return timm.create_model("test_g_resnext", num_classes=11, zero_init_last=False).eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pth"
+    torch.save(tiny.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
+@pytest.mark.parametrize(
+    "form", ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "bare.pt", "safetensors"]
+)
+def test_forms_of_checkpoints(
+    tiny: nn.Module, other: nn.Module, form: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source" / f"checkpoint.{form.partition('.')[2] or form}", tmp_path / "out"
+    source.parent.mkdir()
+    if form == "safetensors":
+        safetensors.torch.save_file(tiny.state_dict(), source)
+    elif form == "train.pth.tar":
+        torch.save(train_checkpoint(other) | {"state_dict_ema": tiny.state_dict()}, source)
+    elif form == "bare.pt":
+        torch.save(copy.deepcopy(tiny).to(memory_format=torch.channels_last).state_dict(), source)
+    else:
+        torch.save(original(tiny), source, _use_new_zipfile_serialization="2019" not in form)
+    options = ["--compact"] if compact else []
+    assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
+    assert names(tmp_path) == ["out", "source"]
+    assert names(out) == ["README.md", "config.json", "model.safetensors"]
+    assert ("The numbers of groups per block are" in (out / "README.md").read_text()) is compact
+    printed = capsys.readouterr().out
+    for path in out.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert re.search(rf"{path.name} +{path.stat().st_size:,} bytes  sha256 {digest}\n", printed)
+
+    model = load(out)
+    assert any(isinstance(module, DGConv2d) for module in model.modules()) is not compact
+    assert model.pretrained_cfg["tag"] == "mine"
+    if compact:
+        assert_close(outputs(model), outputs(tiny), rtol=0, atol=1e-5 * outputs(tiny).abs().max().item())
+    else:
+        assert torch.equal(outputs(model), outputs(tiny))
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 11
+    assert config.get("model_args", {}).get("groups") == (block_groups(tiny) if compact else None)
+    with safetensors.safe_open(out / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_averaged_weights_are_optional(tiny: nn.Module, other: nn.Module, tmp_path: Path) -> None:
+    torch.save({"model": other.state_dict(), "model_ema": tiny.state_dict()}, tmp_path / "both.pth")
+    for option, expected in ([], tiny), (["--no-ema"], other):
+        out = tmp_path / f"out{len(option)}"
+        assert main(["convert", str(tmp_path / "both.pth"), "--model", TINY, "--out", str(out), *option]) == 0
+        assert torch.equal(outputs(load(out)), outputs(expected))
+
+
+# Trainings with arguments that change the network.
+
+STEM = dict(stem_type="deep", stem_width=8, avg_down=True)
+NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of the model, and `args.model_kwargs`
+    "in_chans=1": (dict(in_chans=1), dict(complexity_weight=1e-4, complexity_target=0.2)),
+    "in_chans=4": (dict(in_chans=4, **STEM), STEM),
+    "stem": (STEM, dict(STEM, complexity_weight=1e-4)),
+    "sort": (dict(block_args=dict(sort=True)), dict(block_args=dict(sort=True), freeze_groups=True)),
+}
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_arguments_of_the_network(
+    network: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kwargs, stored = NETWORKS[network]
+    model = trained(num_classes=7, **kwargs).eval()
+    source, out = tmp_path / "last.pth.tar", tmp_path / "out"
+    torch.save(train_checkpoint(model, **stored), source)
+    options = ["--compact"] if compact else []
+    assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
+    tolerance = 1e-5 * outputs(model).abs().max().item() if compact else 0
+    assert_close(outputs(load(out)), outputs(model), rtol=0, atol=tolerance)
+    config = json.loads((out / "config.json").read_text())
+    args = config["model_args"]
+    assert {name: args[name] for name in kwargs} == kwargs
+    assert not {"complexity_weight", "complexity_target", "freeze_groups", "num_classes"} & set(args)
+    assert config["pretrained_cfg"]["input_size"][0] == kwargs.get("in_chans", 3)
+
+    capsys.readouterr()
+    found = []
+    for inspected in (source, out):
+        assert main(["inspect", str(inspected), "--model", "test_g_resnext", "--json"]) == 0
+        found += json.loads(capsys.readouterr().out)
+    expected = json.loads(json.dumps(group_report(model).as_dict()))
+    assert {**expected, **found[0]} == found[0]
+    assert (found[0]["epoch"], found[1]["epoch"]) == (3, None)
+    assert found[1]["learned"] == expected["learned"]
+    assert main(["publish", str(out), "--repo", "owner/name", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("stored", [{}, dict(STEM, stem_width=16)], ids=["no arguments", "other arguments"])
+def test_model_kwargs_override_the_checkpoint(stored: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(**STEM).eval()
+    source, out = tmp_path / "last.pth.tar", tmp_path / "out"
+    torch.save(train_checkpoint(model, **stored), source)
+    options = ["--model-kwargs", *(f"{name}={value}" for name, value in STEM.items())]
+    assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
+    assert main(["inspect", str(source), "--model", "test_g_resnext", *options]) == 0
+    assert torch.equal(outputs(load(out)), outputs(model))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        (["nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
+        (
+            ["stem_type=deep", "stem_width=x"],
+            "test_g_resnext cannot be built with {'stem_type': 'deep', 'stem_width': 'x'}",
+        ),
+        (["stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_wrong_model_kwargs(
+    command: str, kwargs: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path / "out")] if command == "convert" else []
+    assert main([command, checkpoint, "--model", TINY, *options, "--model-kwargs", *kwargs]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"timm-dgconv {command}: ")
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert names(tmp_path) == []
+
+
+# The baseline of the original release.
+
+
+def test_baseline(tmp_path: Path) -> None:
+    """timm loads the converted folder without this package, and g_resnext50 loads its weights."""
+    torch.manual_seed(0)
+    baseline = timm.create_model("resnext50_32x4d", zero_init_last=False).eval()
+    for module in baseline.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in baseline.state_dict().items()}}, tmp_path / "b.pth.tar")
+    out, expected = tmp_path / "out", outputs(baseline)
+    assert main(["convert", str(tmp_path / "b.pth.tar"), "--model", BASELINE, "--out", str(out)]) == 0
+    for name in ("README.md", "config.json") if RECORDS_ARGS else ("README.md",):
+        assert (out / name).read_bytes() == (HUB_CONFIGS / BASELINE / name).read_bytes()
+    code = f"""
+import sys, timm, torch
+if {LOADS_FOLDERS}:
+    model = timm.create_model("local-dir:{out}", pretrained=True)
+else:
+    model = timm.create_model("resnext50_32x4d", checkpoint_path="{out}/model.safetensors")
+assert not [name for name in sys.modules if name.startswith("timm_dgconv")]
+images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+with torch.inference_mode():
+    torch.save(model.eval()(images), "{tmp_path}/outputs.pt")
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, check=True)
+    assert torch.equal(torch.load(tmp_path / "outputs.pt", weights_only=True), expected)
+
+    ours = timm.create_model("g_resnext50", checkpoint_path=out / "model.safetensors")
+    assert_close(outputs(ours), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    args = ["--model", "g_resnext50.resnext_mine", "--out", str(tmp_path / "compact"), "--compact"]
+    assert main(["convert", str(out / "model.safetensors"), *args]) == 0
+    compact = safetensors.torch.load_file(tmp_path / "compact" / "model.safetensors")
+    assert all(torch.equal(compact[name], value) for name, value in baseline.state_dict().items())
+
+
+# Refusals and interruptions.
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model", "resnet50.a1_in1k"], "unknown model 'resnet50.a1_in1k'; use g_resnext50.TAG"),
+        (["--model", "g_resnext50"], "unknown model 'g_resnext50'"),
+        (["--model", "g_resnext50.a/b"], "unknown model 'g_resnext50.a/b'"),
+        (["--out", "HERE"], "exists; use a new folder for --out"),
+        (["--out", "HERE/none/out"], "is not a folder; create it"),
+        (["--model", BASELINE, "--compact"], "without --compact"),
+    ],
+)
+def test_wrong_options(
+    args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
+    assert main(["convert", checkpoint, *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert names(tmp_path) == []
+
+
+def test_other_outputs_are_noticed(
+    other: nn.Module,
+    checkpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(convert, "reload", lambda folder: other)
+    assert main(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]) == 2
+    assert "the outputs of the reloaded model differ by" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("point", ["reload", "list_files"])
+def test_failed_conversion_leaves_nothing(
+    point: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(convert, point, fail)
+    assert main(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "timm-dgconv convert: no space left on device\n"
+    assert names(tmp_path) == []
+
+
+def test_killed_conversion_leaves_no_folder_that_looks_whole(checkpoint: str, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from timm_dgconv import cli
+from timm_dgconv.hub import convert
+convert.list_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+cli.main(sys.argv[1:])
+"""
+    args = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-c", code, *args], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert [name.startswith(".out.") for name in names(tmp_path)] == [True]
+    assert main(args) == 0, "the rest of the killed run does not stop the next one"

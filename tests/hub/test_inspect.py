@@ -1,0 +1,169 @@
+"""timm-dgconv inspect: the groups in checkpoints and folders, and over the checkpoints of a run."""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import original_state_dict
+from torch import nn
+
+from timm_dgconv import DGConv2d, compact, group_report
+from timm_dgconv.cli import main
+
+TINY = "test_g_resnext"
+
+
+def open_gates(model: nn.Module, seed: int, p: float = 0.5) -> nn.Module:
+    """Open each gate with probability p."""
+    generator = torch.Generator().manual_seed(seed)
+    for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
+        conv.gate.data = torch.where(torch.rand(conv.gate.shape, generator=generator) < p, 0.01, -0.01)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return open_gates(timm.create_model(TINY, num_classes=10), seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Checkpoints of timm's train.py at the epochs 0, 4 and 8. The averaged weights of the last have one group."""
+    folder = tmp_path_factory.mktemp("run")
+    paths = []
+    for epoch in (0, 4, 8):
+        now = open_gates(copy.deepcopy(model), seed=epoch)
+        checkpoint = {"epoch": epoch, "arch": TINY, "state_dict": now.state_dict(), "args": argparse.Namespace(lr=1)}
+        if epoch == 8:
+            checkpoint["state_dict_ema"] = open_gates(copy.deepcopy(model), seed=0, p=1).state_dict()
+        paths.append(str(folder / f"checkpoint-{epoch}.pth.tar"))
+        torch.save(checkpoint, paths[-1])
+    return paths
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]]:
+    assert main(["inspect", *args, "--model", TINY, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("form", ["state_dict.pt", "legacy.pth", "safetensors", "original", "folder", "compact"])
+def test_forms_of_checkpoints(model: nn.Module, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / form
+    expected = group_report(compact(model) if form == "compact" else model)
+    if form in ("safetensors", "folder", "compact"):
+        source = tmp_path / "weights.safetensors"
+        safetensors.torch.save_file(model.state_dict(), source)
+        if form != "safetensors":
+            args = ["--out", str(tmp_path / form), *(["--compact"] if form == "compact" else [])]
+            assert main(["convert", str(source), "--model", f"{TINY}.mine", *args]) == 0
+            source = tmp_path / form
+    elif form == "original":
+        state_dict = original_state_dict(model, 7)
+        model = timm.create_model(TINY, num_classes=10)
+        model.load_state_dict(state_dict, strict=False)
+        expected = group_report(model)
+        state_dict["layer1.0.conv2.D"], state_dict["layer1.0.conv2.I"] = torch.eye(2), torch.ones(2, 2)
+        torch.save({"state_dict": {f"module.{name}": value for name, value in state_dict.items()}}, source)
+    else:
+        torch.save(model.state_dict(), source, _use_new_zipfile_serialization=form != "legacy.pth")
+    capsys.readouterr()
+    state = torch.get_rng_state()
+    (found,) = inspected(capsys, str(source))
+    assert found == json.loads(json.dumps({"source": str(source), "epoch": None, **expected.as_dict()}))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_plain_resnext(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plain.pt"
+    torch.save(timm.create_model(TINY, groups=[4, 4, 4, 4]).state_dict(), path)
+    (found,) = inspected(capsys, str(path), "--img-size", "64")
+    assert [(layer["groups"], layer["bits"]) for layer in found["layers"]] == [(4, None)] * 4
+    assert found["learned"] == found["resnext"]
+    assert found["input_size"] == [3, 64, 64]
+
+
+def test_checkpoints_of_a_run(run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """They are sorted by epoch, with one column per checkpoint."""
+    reports = inspected(capsys, *reversed(run), "--no-ema")
+    assert [report["epoch"] for report in reports] == [0, 4, 8]
+    assert [report["source"] for report in reports] == run
+    assert main(["inspect", *run, "--no-ema", "--model", f"{TINY}.dgconv_in1k"]) == 0
+    title, _, head, *rows, densities = capsys.readouterr().out.splitlines()
+    assert title == "test_g_resnext, groups by epoch"
+    assert head.split() == ["layer", "channels", "0", "4", "8"]
+    for n, row in enumerate(rows):
+        layers = [report["layers"][n] for report in reports]
+        groups = [str(layer["groups"]) for layer in layers]
+        assert row.split() == [layers[0]["name"], str(layers[0]["in_channels"]), *groups]
+    assert densities.split()[4:] == [f"{100 * report['density']:.2f}" for report in reports]
+
+    (averaged,) = inspected(capsys, run[-1])
+    assert (averaged["density"], averaged["epoch"]) == (1, 8)
+
+
+def test_checkpoints_without_an_epoch(
+    model: nn.Module, run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are labelled with the name of the file, or with the whole path if names are equal."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.save(model.state_dict(), tmp_path / name / "last.pt")
+    (tmp_path / "c.pt").write_bytes((tmp_path / "a" / "last.pt").read_bytes())
+    for sources, labels in [(["a/last.pt", "c.pt"], "last.pt c.pt"), (["a/last.pt", "b/last.pt"], None)]:
+        paths = [str(tmp_path / source) for source in sources]
+        assert main(["inspect", *paths, "--model", TINY]) == 0
+        title, _, found, *_ = capsys.readouterr().out.splitlines()
+        assert title == "test_g_resnext, groups by checkpoint"
+        assert found.split() == ["layer", "channels", *(labels or " ".join(paths)).split()]
+    assert main(["inspect", run[1], str(tmp_path / "c.pt"), "--model", TINY]) == 0
+    assert " ".join(capsys.readouterr().out.splitlines()[2].split()) == "layer channels epoch 4 c.pt"
+
+
+def test_damaged_config(model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architecture')
+    assert main(["inspect", str(tmp_path), "--model", TINY]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"timm-dgconv inspect: {tmp_path / 'config.json'} is damaged: ")
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["RUN", "--model", "g_resnext5"], "unknown model 'g_resnext5'; use g_resnext50, g_resnext101"),
+        (["RUN", "--model", "resnext50_32x4d.dgconv_in1k"], "unknown model 'resnext50_32x4d.dgconv_in1k'"),
+        (["RUN", "--model", TINY, "--img-size", "0"], "image size must be at least 1, got 0"),
+        (["RUN", "--model", "g_resnext50"], "is a checkpoint of another network than g_resnext50: size mismatch"),
+        (["RUN", "HEAD", "--model", TINY], "is of another network than"),
+        ([".", "--model", TINY], ". has no model.safetensors; use a checkpoint, or a folder that timm-dgconv convert"),
+        (["RUN", "--model", TINY, "--layers", "layer1.0.conv2"], "--layers selects the layers of a plot; add --plot"),
+        (["RUN", "--model", TINY, "--plot", "x.png", "--layers", "layer9"], "no layer 'layer9' that learns groups; it"),
+        (["absent.pt", "--model", TINY, "--plot", "x.jpeg"], "x.jpeg must end in .pdf, .png or .svg"),
+        (["absent.pt", "--model", TINY, "--plot", "no/x.png"], "no is not a folder; create it"),
+    ],
+)
+def test_wrong_options(
+    args: list[str],
+    said: str,
+    run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "HEAD" in args:
+        torch.save(timm.create_model(TINY, num_classes=11).state_dict(), "HEAD")
+    before = sorted(tmp_path.iterdir())
+    assert main(["inspect", *(run[0] if arg == "RUN" else arg for arg in args)]) == 2
+    out, error = capsys.readouterr()
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert out == ""
+    assert sorted(tmp_path.iterdir()) == before

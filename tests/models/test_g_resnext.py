@@ -1,0 +1,386 @@
+"""The models as timm models: options, features, graphs, weights and tags. test_timm_suite.py runs timm's own tests."""
+
+import copy
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import timm.models
+import timm.optim
+import torch
+from conftest import gates, trained
+from safetensors.torch import save_file
+from timm.layers import BlurPool2d
+from timm.models import group_parameters
+from timm.models.resnet import Bottleneck, ResNet
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+from torch.testing import assert_close
+
+from timm_dgconv import DGConv2d, block_groups, compact
+
+RESNEXTS = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d"}
+TINY = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 16, "channels": (16, 32, 48, 96)}  # test_g_resnext
+
+
+def create(**kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_g_resnext", **{"zero_init_last": False, "num_classes": 10, **kwargs})
+
+
+def resnext(name: str | None = None, **kwargs: Any) -> nn.Module:
+    """One of timm's ResNeXts, or a ResNeXt like test_g_resnext, with statistics in its batch norms."""
+    torch.manual_seed(1)
+    kwargs = {"zero_init_last": False, **kwargs}
+    model = timm.create_model(name, **kwargs) if name else ResNet(Bottleneck, **TINY, **kwargs)
+    model(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64)
+
+
+# Structure
+
+
+def test_registered() -> None:
+    assert {*RESNEXTS, "test_g_resnext"} <= set(timm.list_models("*g_resnext*"))
+    assert timm.list_models(module="g_resnext")
+    tiny = timm.create_model("test_g_resnext")
+    assert sum(p.numel() for p in tiny.parameters()) < 1_000_000
+    assert any(m.in_channels & (m.in_channels - 1) for m in tiny.modules() if isinstance(m, DGConv2d))
+
+
+@pytest.mark.parametrize("name", RESNEXTS)
+def test_is_a_resnext_with_dgconvs(name: str) -> None:
+    model, fixed = (timm.create_model(n, device="meta") for n in (name, RESNEXTS[name]))
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    fixed_shapes = {key: value.shape for key, value in fixed.state_dict().items()}
+    gate_names = {key for key in shapes if key.endswith(".gate")}
+    assert shapes.keys() - gate_names == fixed_shapes.keys()
+    assert {key.removesuffix("gate") for key in gate_names} == {
+        f"{n}." for n, m in model.named_modules() if type(m) is DGConv2d
+    }
+    differ = {key for key in fixed_shapes if shapes[key] != fixed_shapes[key]}
+    assert differ == {key for key in fixed_shapes if key.endswith(".conv2.weight")}
+    assert all(shapes[key][1] == 32 * fixed_shapes[key][1] for key in differ)
+
+    with_groups = timm.create_model(name, groups=[32] * len(gate_names), device="meta")
+    assert {key: value.shape for key, value in with_groups.state_dict().items()} == fixed_shapes
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"in_chans": 1},
+        {"global_pool": "avgmax"},
+        {"global_pool": "catavgmax"},
+        {"output_stride": 16},
+        {"output_stride": 8},
+        {"drop_rate": 0.3, "drop_path_rate": 0.2, "drop_block_rate": 0.1},
+        {"act_layer": "silu"},
+        {"act_layer": "gelu"},
+        {"norm_layer": "groupnorm1"},
+        {"aa_layer": BlurPool2d},
+        {"aa_layer": nn.AvgPool2d},
+        {"block_args": {"attn_layer": "se"}},
+        {"block_args": {"sort": True}},
+        {"stem_type": "deep", "stem_width": 32, "avg_down": True},
+        {"replace_stem_pool": True},
+        {"block_reduce_first": 2},
+        {"layers": (2, 1, 1, 1), "base_width": 32},
+    ],
+    ids=str,
+)
+def test_options_of_a_timm_resnet(kwargs: dict[str, Any]) -> None:
+    model = create(**kwargs)
+    size = 128 if "drop_block_rate" in kwargs else 64  # timm < 1.0.23 wants its blocks smaller than the features
+    x = torch.randn(2, kwargs.get("in_chans", 3), size, size)
+    model(x).square().sum().backward()
+    convs = [m for m in model.modules() if isinstance(m, DGConv2d)]
+    assert len(convs) == sum(kwargs.get("layers", (1, 1, 1, 1)))
+    assert all(conv.gate.grad is not None for conv in convs)
+    assert any(conv.gate.grad.abs().max() > 0 for conv in convs)
+    stride = kwargs.get("output_stride", 32)
+    assert model.eval().forward_features(x).shape[-1] == size // stride
+    if kwargs == {"block_args": {"sort": True}}:
+        assert all(conv.sort for conv in convs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        (dict(nonsense=1), TypeError, ["nonsense"]),
+        (dict(groups=[4, 4, 4]), ValueError, ["4 blocks"]),
+        (dict(groups=[4, 4, 5, 4]), ValueError, ["groups=5", "48 -> 48"]),
+        (dict(groups="4444"), ValueError, ["4 blocks"]),
+        (dict(groups=4), ValueError, ["groups=4 must be one number for each of the 4 blocks"]),
+        (dict(groups=[0] * 4), ValueError, ["groups=0"]),
+        (dict(complexity_weight=-1e-7), ValueError, ["complexity_weight=-1e-07", "at least 0"]),
+        (dict(complexity_weight=float("nan")), ValueError, ["nan", "at least 0 and finite"]),
+        (dict(complexity_weight="much"), TypeError, ["'much'", "number"]),
+        (dict(complexity_target=0.5), ValueError, ["complexity_target=0.5", "needs a complexity_weight"]),
+        (dict(complexity_weight=1e-7, complexity_target=0.0), ValueError, ["complexity_target=0.0", "above 0"]),
+        (dict(complexity_weight=1e-7, complexity_target=1.5), ValueError, ["complexity_target=1.5", "at most 1"]),
+        (
+            dict(complexity_weight=1e-7, freeze_groups=True),
+            ValueError,
+            ["needs gates that learn", "freeze_groups=True"],
+        ),
+        (dict(complexity_weight=1e-7, groups=[1, 1, 1, 1]), ValueError, ["needs gates that learn", "groups=..."]),
+    ],
+    ids=str,
+)
+def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        timm.create_model("test_g_resnext", **kwargs)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_config_has_no_training_arguments(tmp_path: Path) -> None:
+    from timm.models._hub import save_config_for_hf
+
+    steered = create(complexity_weight=1e-4)
+    save_config_for_hf(steered, tmp_path / "config.json")
+    save_config_for_hf(compact(steered), tmp_path / "compact.json")
+    assert "complexity_weight" not in compact(create(complexity_weight=1e-4, features_only=True))._model_args
+    save_config_for_hf(create(freeze_groups=True), tmp_path / "frozen.json")
+    for file in tmp_path.iterdir():
+        assert "complexity" not in file.read_text()
+        assert "freeze" not in file.read_text()
+
+
+def test_device_and_dtype() -> None:
+    model = timm.create_model("test_g_resnext", device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
+    model = create(dtype=torch.float64)
+    assert model(torch.randn(2, 3, 64, 64, dtype=torch.float64)).dtype == torch.float64
+
+
+# Graphs, features, training
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_scriptable_and_traceable(x: torch.Tensor) -> None:
+    model = create(scriptable=True).eval()
+    for graph in (torch.jit.script(model), torch.jit.trace(model, x), torch.fx.symbolic_trace(model)):
+        assert_close(graph(x), model(x))
+
+
+def test_compile_and_export(x: torch.Tensor) -> None:
+    model = create()
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # test_dgconv.py has the default backend
+    for m in (compiled, reference):
+        m(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert_close(
+            p.grad, q.grad, rtol=1e-3, atol=1e-3 * q.grad.abs().max().item(), msg=lambda t, name=name: f"{name}: {t}"
+        )
+    model.eval()
+    assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_reset_classifier_and_checkpointing(x: torch.Tensor) -> None:
+    model = create()
+    reference = copy.deepcopy(model)
+    model.set_grad_checkpointing()
+    for m in (model, reference):
+        m(x).square().sum().backward()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert_close(p.grad, q.grad)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 384)
+
+
+def test_parameter_groups() -> None:
+    """Gates do not decay, and have the learning rate of their layer."""
+    model = create()
+    layers = group_parameters(model, model.group_matcher())
+    assert any("layer1.0.conv2.gate" in names for names in layers.values())
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+    by_decay, by_layer = (f(model, weight_decay=0.1) for f in (param_groups_weight_decay, param_groups_layer_decay))
+    for groups in (optimizer.param_groups, by_decay, by_layer):
+        group_of = {id(p): group for group in groups for p in group["params"]}
+        convs = [m for m in model.modules() if isinstance(m, DGConv2d)]
+        assert len(convs) == 4
+        for conv in convs:
+            gate, weight = group_of[id(conv.gate)], group_of[id(conv.weight)]
+            assert (gate["weight_decay"], weight["weight_decay"]) == (0, 0.1)
+            assert gate.get("lr_scale") == weight.get("lr_scale")
+
+
+@pytest.mark.gpu
+def test_no_host_transfer_in_eval() -> None:
+    model = create().cuda().eval()
+    x = torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.inference_mode():
+        model(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# Checkpoints of the original release
+
+
+@pytest.mark.parametrize(
+    "route", ["checkpoint_path", "overlay", "pretrained_path", "load_checkpoint", "resume_checkpoint"]
+)
+def test_loads_original(
+    original: tuple[Path, torch.Tensor, torch.Tensor], route: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, x, logits = original
+    if route == "checkpoint_path":  # and train.py --initial-checkpoint
+        model = timm.create_model("g_resnext50", checkpoint_path=str(file))
+    elif route == "overlay":
+        overlay = {"file": str(file)}
+        model = timm.create_model("g_resnext50.dgconv_in1k", pretrained=True, pretrained_cfg_overlay=overlay)
+    elif route == "pretrained_path":  # train.py passes num_classes=-1, with which timm does not load the classifier
+        overlay = {"file": str(file), "num_classes": -1}
+        model = timm.create_model("g_resnext50", pretrained=True, num_classes=1000, pretrained_cfg_overlay=overlay)
+        state_dict = torch.load(file, weights_only=True)["state_dict"]
+        model.fc.load_state_dict({name: state_dict[f"module.fc.{name}"] for name in ("weight", "bias")})
+    else:  # validate.py --checkpoint, train.py --resume
+        model = timm.create_model("g_resnext50")
+        getattr(timm.models, route)(model, str(file))
+    with torch.inference_mode():
+        assert_close(model.eval()(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
+    assert "converted ResNeXt" not in caplog.text
+
+
+def test_loads_original_without_classifier(original: tuple[Path, torch.Tensor, torch.Tensor]) -> None:
+    file, x, _ = original
+    overlay = {"file": str(file)}
+    model = timm.create_model("g_resnext50.dgconv_in1k", True, features_only=True, pretrained_cfg_overlay=overlay)
+    assert len(model(x)) == 5
+
+
+# Checkpoints of ResNeXts
+
+
+@pytest.mark.parametrize("name", ["g_resnext50", pytest.param("g_resnext101", marks=pytest.mark.slow)])
+def test_loads_resnext(name: str, tmp_path: Path, x: torch.Tensor) -> None:
+    fixed = resnext(RESNEXTS[name])
+    save_file(fixed.state_dict(), tmp_path / "resnext.safetensors")
+    model = timm.create_model(name, checkpoint_path=tmp_path / "resnext.safetensors").eval()
+    assert set(block_groups(model)) == {32}
+    with torch.inference_mode():
+        expected = fixed(x)
+    logits = model(x)
+    assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    gradients = torch.autograd.grad(logits.square().sum(), gates(model))
+    for gate, gradient in zip(gates(model), gradients, strict=True):
+        assert (gradient[gate < 0] != 0).all()
+
+
+def test_loads_resnext_into_a_model_on_the_meta_device(x: torch.Tensor) -> None:
+    fixed = resnext(num_classes=10)
+    model = timm.create_model("test_g_resnext", num_classes=10, device="meta").eval()
+    model.load_state_dict(fixed.state_dict(), assign=True)
+    assert_close(model(x), fixed(x))
+
+
+def test_loads_resnext_with_other_classes_and_channels(tmp_path: Path) -> None:
+    torch.save(resnext().state_dict(), tmp_path / "resnext.pth")
+    overlay = {"file": str(tmp_path / "resnext.pth")}
+    model = timm.create_model("test_g_resnext", True, num_classes=3, in_chans=1, pretrained_cfg_overlay=overlay).eval()
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
+    assert block_groups(model) == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("weight", "why"),
+    [
+        (torch.zeros(48, 16, 3, 3), r"3 groups.*48 -> 48 channels.*power of two up to 16"),
+        (torch.zeros(48, 1, 3, 3), r"48 groups.*power of two up to 16"),
+        (torch.zeros(48, 9, 3, 3), r"5\.33333 groups"),
+        (torch.zeros(32, 12, 3, 3), r"shape \(32, 12, 3, 3\).*expected.*\(48, 48 / groups, 3, 3\)"),
+        (torch.zeros(48, 12, 1, 1), r"shape \(48, 12, 1, 1\)"),
+        (torch.zeros(48), r"shape \(48,\)"),
+        (torch.zeros(48, 0, 3, 3), r"shape \(48, 0, 3, 3\)"),
+    ],
+    ids=["three", "depthwise of 48", "five and a third", "width", "kernel", "vector", "empty"],
+)
+def test_refuses_resnext(weight: torch.Tensor, why: str) -> None:
+    state_dict = resnext(num_classes=10).state_dict()
+    state_dict["layer3.0.conv2.weight"] = weight
+    with pytest.raises(RuntimeError, match=rf"layer3\.0\.conv2: .*{why}"):
+        trained(num_classes=10).load_state_dict(state_dict)
+
+
+# Tags
+
+
+@pytest.mark.parametrize("name", ["g_resnext50.dgconv_in1k", "g_resnext101.dgconv_in1k", "test_g_resnext"])
+def test_default_cfg(name: str) -> None:
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg.license == "mit"
+    assert cfg.paper_ids == "arXiv:1908.05867"
+    assert cfg.origin_url == "https://github.com/d-li14/dgconv.pytorch"
+    assert not cfg.has_weights
+    if name != "test_g_resnext":
+        assert (cfg.input_size, cfg.crop_pct, cfg.interpolation) == ((3, 224, 224), 0.875, "bilinear")
+        assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize(("name", "default"), [("g_resnext50", "a1h_in1k"), ("g_resnext101", "tv2_in1k")])
+def test_every_tag_of_timm(name: str, default: str) -> None:
+    sources = timm.list_pretrained(f"{RESNEXTS[name]}.*")
+    tags = {f"{name}.resnext_{source.split('.', 1)[1]}": source for source in sources}
+    assert set(timm.list_pretrained(f"{name}*")) == set(tags)
+    for tag, source in tags.items():
+        ours, theirs = (timm.get_pretrained_cfg(n).to_dict() for n in (tag, source))
+        assert {key for key in theirs if ours[key] != theirs[key]} == {"architecture", "tag"}
+        assert ours["hf_hub_id"] == f"timm/{source}"
+    assert timm.get_pretrained_cfg(name).tag == f"resnext_{default}"
+
+
+def test_published_tag_becomes_the_default() -> None:
+    from timm.models import generate_default_cfgs
+
+    from timm_dgconv.models.g_resnext import default_cfgs
+
+    published = {
+        f"g_resnext50.{tag}": {**cfg.to_dict(), "hf_hub_id": "somebody/g_resnext50.dgconv_in1k"}
+        if tag == "dgconv_in1k"
+        else cfg
+        for tag, cfg in sorted(default_cfgs["g_resnext50"].cfgs.items())
+    }
+    assert generate_default_cfgs(published)["g_resnext50"].tags[0] == "dgconv_in1k"
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [
+        (
+            "g_resnext50",
+            ["drive.google.com", "timm-dgconv convert", "pretrained_cfg_overlay=dict(file=PATH)", "hf-hub:"],
+        ),
+        ("g_resnext101", ["no weights", "resnext_tv2_in1k", "pretrained_cfg_overlay=dict(file=PATH)", "hf-hub:"]),
+    ],
+)
+def test_unpublished_weights(name: str, ways: list[str]) -> None:
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model(f"{name}.dgconv_in1k", pretrained=True)
+    assert all(way in str(error.value) for way in ways)
+
+
+def test_warns_that_a_converted_resnext_has_no_learned_groups(caplog: pytest.LogCaptureFixture) -> None:
+    weights = timm.create_model("resnext50_32x4d").state_dict()
+    cfg = {**timm.get_pretrained_cfg("g_resnext50").to_dict(), "hf_hub_id": None, "url": "file:///no"}
+    with pytest.raises(Exception, match=r"."), caplog.at_level(logging.WARNING):  # there is no such file
+        timm.create_model("g_resnext50", pretrained=True, pretrained_cfg=cfg)
+    assert re.search(r"g_resnext50\.resnext_a1h_in1k is a converted ResNeXt.*not learned yet", caplog.text)
+    caplog.clear()
+    timm.create_model("g_resnext50", pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+    assert "converted" not in caplog.text

@@ -1,0 +1,541 @@
+"""The complexity term and its target in unchanged training loops."""
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import gates
+from timm.optim import create_optimizer_v2
+from timm.utils import NativeScaler
+from torch import nn
+from torch.testing import assert_close
+
+from timm_dgconv import DGConv2d, complexity, freeze_groups, group_report
+from timm_dgconv.layers import gate_cache
+from timm_dgconv.optim import steering
+from timm_dgconv.optim.steering import steer
+
+LR, WEIGHT = 0.1, 1e-4
+
+
+def network(weight: float = WEIGHT, size: float = 0.5, **kwargs: Any) -> nn.Module:
+    """A tiny G-ResNeXt, the same in each call, whose gates are `size` or `-size`."""
+    torch.manual_seed(0)
+    kwargs = {"num_classes": 3, "zero_init_last": False, "complexity_weight": weight, **kwargs}
+    model = timm.create_model("test_g_resnext", **kwargs)
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -size, size))
+    return model
+
+
+def loss_of(model: nn.Module, part: slice = slice(None)) -> torch.Tensor:
+    x = torch.sin(torch.arange(8 * 3 * 32 * 32, dtype=model.fc.weight.dtype)).view(8, 3, 32, 32)
+    return nn.functional.cross_entropy(model.eval()(x[part]), torch.arange(8)[part] % 3)
+
+
+def gradient(model: nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(complexity(model), gates(model)))
+
+
+def values(model: nn.Module) -> list[torch.Tensor]:
+    return [gate.detach().clone() for gate in gates(model)]
+
+
+def set_gates(model: nn.Module, value: Callable[[torch.Tensor], torch.Tensor | float], grad: float = 0.0) -> None:
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(torch.as_tensor(value(gate)))
+            gate.grad = torch.full_like(gate, grad) if grad else None
+
+
+# Loops
+
+
+def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(model).backward()
+    optimizer.step()
+
+
+def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for n in range(4):
+        (loss_of(model, slice(2 * n, 2 * n + 2)) / 4).backward()
+    optimizer.step()
+
+
+def scaled(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    scaler.scale(loss_of(model)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaled_and_clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As timm's train.py does."""
+    NativeScaler(device="cpu")(loss_of(model), optimizer, clip_grad=1e-3, parameters=model.parameters())
+
+
+def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step(closure(model, optimizer))
+
+
+def with_named_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """As Lightning does."""
+    optimizer.step(closure=closure(model, optimizer))
+
+
+def closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], torch.Tensor]:
+    def compute() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    return compute
+
+
+LOOPS = [plain, accumulated, scaled, scaled_and_clipped, with_closure, with_named_closure]
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), LR),
+    "fused": lambda model: torch.optim.SGD(model.parameters(), LR, fused=True),
+    "lookahead": lambda model: create_optimizer_v2(model, opt="lookahead_momentum", lr=LR, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_step(loop: Callable[[nn.Module, torch.optim.Optimizer], None], optimizer: str) -> None:
+    steered, free = network(), network(0)
+    expected = gradient(steered)
+    for model in (steered, free):
+        loop(model, OPTIMIZERS[optimizer](model))
+    for gate, without, term in zip(gates(steered), gates(free), expected, strict=True):
+        assert_close(gate - without, -LR * WEIGHT * term, rtol=1e-3, atol=1e-7)
+    others = zip(steered.named_parameters(), free.parameters(), strict=True)
+    assert all(torch.equal(p, q) for (name, p), q in others if not name.endswith("gate"))
+
+
+def test_every_step_has_the_term_once() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model).backward()
+        task = [gate.grad.clone() for gate in gates(model)]
+        for _ in range(2):  # the second without a new gradient
+            optimizer.step()
+            for gate, before, term in zip(gates(model), task, gradient(model), strict=True):
+                assert_close(gate.grad, before + WEIGHT * term)
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_gradients_that_are_views_of_one_tensor(optimizer: str) -> None:
+    """DistributedDataParallel(gradient_as_bucket_view=True) has such gradients. They share a version."""
+    model = network()
+    opt = OPTIMIZERS[optimizer](model)
+    bucket = torch.zeros(sum(gate.numel() for gate in gates(model)))
+    for gate, view in zip(gates(model), bucket.split([gate.numel() for gate in gates(model)]), strict=True):
+        gate.grad = view
+    for _ in range(2):  # the second without a new gradient
+        expected = WEIGHT * torch.cat(gradient(model)) if not bucket.any() else bucket.clone()
+        opt.step()
+        assert_close(bucket, expected)
+
+
+@pytest.mark.parametrize("target", [None, 0.1])
+@pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_step(opt: type[torch.optim.Optimizer], fused: bool, target: float | None) -> None:
+    """A step that a GradScaler skips leaves nothing behind, since float16 gradients are infinite."""
+    ends = []
+    for overflows in (False, True):
+        model = network(size=0.01, complexity_target=target)
+        optimizer = opt(model.parameters(), 0.02, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for step in range(3):
+            factors = [1e8, 1] if step == 1 and overflows else [1]
+            for factor in factors:
+                with torch.autocast("cpu", torch.float16):
+                    loss = loss_of(model, slice(2 * step, 2 * step + 2))
+                (scaler.scale(loss) * factor).backward()
+                before = copy.deepcopy(model.state_dict())
+                scaler.step(optimizer)
+                if factor > 1:
+                    assert not any(gate.grad.isfinite().all() for gate in gates(model))
+                    assert_close(model.state_dict(), before, rtol=0, atol=0)
+                scaler.update(64.0)
+                optimizer.zero_grad(set_to_none=False)
+        ends.append(model.state_dict())
+    assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lookahead_momentum"])
+def test_learning_rate_zero(opt: str) -> None:
+    model = network(size=0.01, complexity_target=0.05)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=0.0, weight_decay=0.1)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        optimizer.zero_grad()
+        plain(model, optimizer)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs(line_search: str | None) -> None:
+    """Each gradient of the several closures per step has the term of that moment once."""
+    model = network(size=0.01)
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.01, max_iter=4, line_search_fn=line_search)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # gradient of the loss alone, and of the term
+
+    def check() -> None:
+        if seen:
+            task, term = seen[-1]
+            assert_close(torch.cat([gate.grad for gate in gates(model)]), task + WEIGHT * term)
+
+    def compute() -> torch.Tensor:
+        check()
+        loss = closure(model, optimizer)()
+        seen.append((torch.cat([gate.grad for gate in gates(model)]), torch.cat(gradient(model))))
+        return loss
+
+    for _ in range(2):
+        optimizer.step(compute)
+        check()
+    assert len(seen) > 4
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """https://arxiv.org/abs/2010.01412 as it is usually written: two gradients per step, and an optimizer inside."""
+
+    def __init__(self, parameters: Any, base: type[torch.optim.Optimizer], rho: float, **kwargs: Any) -> None:
+        super().__init__(parameters, dict(rho=rho, **kwargs))
+        self.base = base(self.param_groups, **kwargs)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor]) -> None:  # type: ignore[override]
+        closure = torch.enable_grad()(closure)
+        closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        start = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(p.grad, alpha=self.param_groups[0]["rho"] / norm)
+        closure()
+        for p, value in zip(parameters, start, strict=True):
+            p.copy_(value)
+        self.base.step()
+
+
+def test_sharpness_aware() -> None:
+    """Both gradients have the term once, as if it were a part of the loss."""
+    steered, expected = network(size=0.01).double(), network(0, size=0.01).double()
+    for model in (steered, expected):
+        optimizer = SharpnessAware(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.05, momentum=0.9)
+
+        def compute(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            (loss if model is steered else loss + WEIGHT * complexity(model)).backward()
+            return loss
+
+        for _ in range(4):
+            optimizer.step(compute)
+    assert_close(list(steered.parameters()), list(expected.parameters()), rtol=1e-10, atol=1e-10)
+
+
+# Models
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, pickled])
+@pytest.mark.parametrize("kwargs", [{}, {"features_only": True}], ids=str)
+def test_copies_are_steered(copied: Callable[[nn.Module], nn.Module], kwargs: dict[str, Any]) -> None:
+    """Also gates that the loss does not reach."""
+    model = copied(network(**kwargs))
+    before, expected = values(model), gradient(model)
+    torch.optim.SGD(gates(model), LR).step()
+    for gate, start, term in zip(gates(model), before, expected, strict=True):
+        assert_close(gate - start, -LR * WEIGHT * term)
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv2", "layer1.0"])
+def test_a_copied_part_has_nothing_else_of_its_model(name: str) -> None:
+    model = network(complexity_target=0.3)
+    part = model.get_submodule(name)
+    size = sum(p.nbytes for p in part.parameters())
+    assert len(pickle.dumps(part)) < size + 20_000 < sum(p.nbytes for p in model.parameters()) / 10
+    alone = copy.deepcopy(part)
+    set_gates(alone, lambda gate: 0.5)
+    before = values(alone)
+    torch.optim.SGD(alone.parameters(), 1.0).step()  # its own target: closing two of four gates reaches a quarter
+    assert [bool((new != old).any()) for new, old in zip(gates(alone), before, strict=True)] == [True]
+    assert all(gate.grad is None for gate in gates(model))
+
+
+def test_weight_zero_ends_it() -> None:
+    model = network(complexity_target=0.1)
+    steer(model, 0)
+    before = values(model)
+    for copied in (model, copy.deepcopy(model)):
+        torch.optim.SGD(gates(copied), LR).step()
+        assert all(gate.grad is None for gate in gates(copied))
+        assert_close(values(copied), before, rtol=0, atol=0)
+
+
+def test_half_precision() -> None:
+    """The largest float16 is below the gradient of a layer's complexity."""
+    conv = DGConv2d(1024, 1024, 1).half()
+    steer(conv, 1e-7)
+    set_gates(conv, lambda gate: 1.0)
+    torch.optim.SGD([conv.gate], 1.0).step()
+    assert_close(conv.gate.detach(), torch.full_like(conv.gate, 1.0 - 1e-7 * 0.6931472 * 2**20))
+
+
+def test_sharded_gates_are_refused() -> None:
+    conv = DGConv2d(16, 16, 1)
+    steer(conv, 1e-7)
+    conv.gate = nn.Parameter(conv.gate.detach()[:2])
+    with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel has sharded the gates .*fully_shard"):
+        torch.optim.SGD([conv.gate], 1.0).step()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_are_not_kept() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    loss_of(model).backward(create_graph=True)
+    gradients = [weakref.ref(gate.grad) for gate in gates(model)]
+    optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert all(reference() is None for reference in gradients)
+
+
+def test_others_are_left_alone() -> None:
+    model, other = network(), nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), LR).step()
+    assert all(gate.grad is None for gate in gates(model))
+    torch.optim.SGD([p for p in model.parameters() if all(p is not gate for gate in gates(model))], LR).step()
+    assert all(gate.grad is None for gate in gates(model))
+
+
+def test_costs_nothing_unless_asked_for() -> None:
+    code = """
+        import timm
+        from torch.optim import optimizer
+        hooks = optimizer._global_optimizer_pre_hooks
+        timm.create_model("test_g_resnext")
+        timm.create_model("test_g_resnext", complexity_weight=0)
+        timm.create_model("test_g_resnext", freeze_groups=True)
+        assert len(hooks) == 0
+        for _ in range(2):
+            timm.create_model("test_g_resnext", complexity_weight=1e-7)
+            assert len(hooks) == 1
+    """
+    subprocess.run([sys.executable, "-c", dedent(code)], check=True)
+
+
+# The target
+
+
+@pytest.mark.parametrize("target", [1e-3, 0.02, 0.1, 0.2, 0.3, 0.7, 1.0])
+def test_target(target: float) -> None:
+    """The gates that are pushed take the network to the target if they close, and one more would take it below."""
+    model = network(complexity_target=target)
+    set_gates(model, lambda gate: torch.rand_like(gate) - 0.3)
+    density = group_report(model).density
+    torch.optim.SGD(model.parameters(), 0.0).step()
+    pushed = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in gates(model)]
+    for gate, push, term in zip(gates(model), pushed, gradient(model), strict=True):
+        assert ((push == 0) | torch.isclose(push, WEIGHT * term)).all()
+        assert not push[gate < 0].any()
+        nearest = gate[(gate > 0) & (push != 0)]
+        others = gate[(gate > 0) & (push == 0)]
+        assert not nearest.numel() or not others.numel() or nearest.max() < others.min()
+    assert any(push.any() for push in pushed) == (density > max(target, 0.02))
+
+    with torch.no_grad():
+        for gate, push in zip(gates(model), pushed, strict=True):
+            gate[push != 0] = -0.5
+    if density > target:
+        assert group_report(model).density >= target
+        for gate in gates(model):
+            for k in gate.gt(0).nonzero():
+                with torch.no_grad():
+                    gate[k] *= -1
+                    assert group_report(model).density < target
+                    gate[k] *= -1
+
+
+def test_target_counts_frozen_layers() -> None:
+    model = network(complexity_target=0.05)
+    set_gates(model, lambda gate: 0.5)
+    freeze_groups(model.layer4)  # more than half of all connections, whatever the others do
+    torch.optim.SGD(model.parameters(), 0.0).step()
+    *others, last = gates(model)
+    assert last.grad is None
+    assert all(gate.grad.all() for gate in others)
+
+
+@pytest.mark.parametrize("target", [0.02, 0.1, 0.25, 0.5, 1.0])
+def test_a_step_opens_nothing_above_the_target(target: float) -> None:
+    model = network(complexity_target=target)
+    set_gates(model, lambda gate: -torch.rand_like(gate), grad=-2.0)  # all closed
+    before = values(model)
+    fewest = group_report(model).density
+    torch.optim.SGD(model.parameters(), 0.5).step()  # would open all
+    assert target / 2 < group_report(model).density <= max(target, fewest)
+    for gate, start in zip(gates(model), before, strict=True):
+        assert_close(gate.abs(), start + 1)
+    assert target < 1 or group_report(model).density == 1
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw"])
+@pytest.mark.parametrize("drift", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("target", [0.01, 0.05, 0.2])
+def test_target_is_reached_and_held(target: float, drift: float, opt: str) -> None:
+    """Layers as wide as in g_resnext50, gradients of noise, and gates with and without a common drift."""
+    torch.manual_seed(0)
+    widths = [width for width, blocks in ((128, 3), (256, 4), (512, 6), (1024, 3)) for _ in range(blocks)]
+    model = nn.ModuleList(DGConv2d(width, width, 1, bias=False) for width in widths)
+    set_gates(model, lambda gate: 0.05 + 0.05 * torch.randn_like(gate))
+    steer(model, 1e-2, target)
+    optimizer = create_optimizer_v2(gates(model), opt=opt, lr=5e-3, weight_decay=0.0)
+    densities, patterns = [], []
+    for _ in range(200):
+        for gate in gates(model):
+            gate.grad = torch.randn_like(gate) - drift
+        optimizer.step()
+        densities.append(complexity(model).item() / sum(width**2 for width in widths))
+        patterns.append(tuple(torch.cat(gates(model)).signbit().tolist()))
+    assert densities[0] > target
+    reached = next(step for step, density in enumerate(densities) if density <= 1.01 * target)
+    assert 0.95 * target <= min(densities[reached:])
+    assert max(densities[reached:]) <= 1.01 * target
+    assert drift or len(set(patterns[reached:])) > 10, "the groups go on learning"
+
+
+def test_a_network_below_the_target_goes_no_further() -> None:
+    model = network(complexity_target=0.9)
+    set_gates(model, lambda gate: torch.linspace(-0.3, 0.3, len(gate)), grad=1.0)
+    density = group_report(model).density
+    torch.optim.SGD(model.parameters(), 1.0).step()  # would close all
+    assert group_report(model).density == density < 0.9
+    for gate in gates(model):
+        assert_close(gate.abs(), torch.linspace(-0.3, 0.3, len(gate)).sub(1).abs())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_target_is_held_by_lookahead(seed: int) -> None:
+    """Its step averages the gates with older gates, after the step of another optimizer."""
+    target, model = 0.2, network(complexity_target=0.2)
+    optimizer = create_optimizer_v2(gates(model), opt="lookahead_momentum", lr=0.2, weight_decay=0.0)
+    torch.manual_seed(seed)
+    density = group_report(model).density
+    for _ in range(60):
+        for gate in gates(model):
+            gate.grad = torch.randn_like(gate)
+        optimizer.step()
+        before, density = density, group_report(model).density
+        assert min(0.95 * target, before) <= density <= max(target, before)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.25])
+def test_target_is_held_by_a_step_of_several_closures(target: float) -> None:
+    model = network(complexity_target=target)
+    set_gates(model, lambda gate: -torch.rand_like(gate))  # all closed
+    optimizer = torch.optim.LBFGS(gates(model), LR, max_iter=5)
+
+    def compute() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum((gate - 2).square().sum() for gate in gates(model))
+        loss.backward()
+        return loss
+
+    optimizer.step(compute)  # would open all
+    assert target / 2 < group_report(model).density <= target
+
+
+def test_target_is_held_by_layers_that_share_their_gates() -> None:
+    model = nn.Sequential(DGConv2d(16, 16, 1), DGConv2d(16, 16, 1))
+    model[1].gate = model[0].gate
+    steer(model, 1e-6, 0.5)
+    set_gates(model, lambda gate: -0.5, grad=-1.0)
+    torch.optim.SGD(model.parameters(), 1.0).step()  # would open all
+    assert complexity(model).item() <= 0.5 * 512
+    assert_close(model[0].gate.abs(), torch.full((4,), 0.5))
+
+
+class FailsOnce(torch.optim.SGD):
+    """An optimizer whose first step raises half-way."""
+
+    failed = False
+
+    def step(self, closure: Any = None) -> None:
+        if self.failed:
+            return super().step(closure)
+        self.failed = True
+        for p in self.param_groups[0]["params"][::2]:
+            p.data.sub_(p.grad)
+        raise FloatingPointError
+
+
+def test_a_step_that_raises_leaves_nothing_behind() -> None:
+    model = network(complexity_target=0.3)
+    optimizers = [FailsOnce(gates(model), 1.0) for _ in range(2)]
+    for optimizer in optimizers:
+        set_gates(model, lambda gate: -torch.rand_like(gate), grad=-2.0)
+        with pytest.raises(FloatingPointError):
+            optimizer.step()
+    set_gates(model, lambda gate: -torch.rand_like(gate), grad=-2.0)
+    optimizers.pop().step()  # would open all
+    assert 0.15 < group_report(model).density <= 0.3
+    del optimizer, optimizers
+    gc.collect()
+    assert len(steering._before) == 0
+
+
+def test_transfers_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a target copies one tensor to the device, and reads all gates twice, before and after it."""
+    monkeypatch.setattr(gate_cache, "READ_DIRECTLY", set())  # as on CUDA
+    model = nn.ModuleList(DGConv2d(64, 64, 1, bias=False) for _ in range(20))
+    set_gates(model, lambda gate: 0.5 + torch.rand_like(gate))
+    steer(model, 1e-5, 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(torch, "tensor")
+    for name in ("tolist", "item", "cpu", "numpy", "__float__", "__bool__"):
+        count(torch.Tensor, name)
+    for _ in range(3):
+        optimizer.zero_grad()
+        before = values(model)
+        calls.clear()
+        optimizer.step()
+        counts = dict(calls)
+        assert all(not torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
+        assert counts == {"tensor": 1, "tolist": 2}
