@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from timm_dgconv.hub.convert import File
@@ -75,6 +75,13 @@ def _inspect(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     from timm.utils import ParseKwargs
 
+    class ModelKwargs(ParseKwargs):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            for value in values:
+                if "=" not in value:
+                    parser.error(f"argument {option_string}: {value!r} is not a KEY=VALUE")
+            super().__call__(parser, namespace, values, option_string)
+
     parser = argparse.ArgumentParser(
         prog="timm-dgconv",
         description="G-ResNeXt for timm. To train, validate and benchmark g_resnext50 and g_resnext101, use timm's "
@@ -89,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=ModelKwargs,
         metavar="KEY=VALUE",
         help="arguments of the model that change the network, as for timm's scripts "
         "(default: the arguments that train.py stored)",

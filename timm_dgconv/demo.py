@@ -260,8 +260,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{output} exists; use another --output, or --overwrite to replace the output of a demo")
-    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if names and (_SUMMARY not in names or not names <= _FILES):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not output.is_dir() or (names and (_SUMMARY not in names or not names <= _FILES)):
         raise ValueError(
             f"{output} is not the output of a demo, so --overwrite does not replace it; use another --output"
         )

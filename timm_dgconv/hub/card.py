@@ -212,6 +212,7 @@ _CITATION = """@InProceedings{Zhang_2019_ICCV,
 _IMAGE = """from urllib.request import urlopen
 
 import timm
+import torch
 from PIL import Image
 
 img = Image.open(

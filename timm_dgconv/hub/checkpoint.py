@@ -29,7 +29,7 @@ class TrainingInfo(NamedTuple):
 
     Attributes:
         epoch: The epoch, or None if the checkpoint has none.
-        model_kwargs: The `--model-kwargs` of the training.
+        model_kwargs: The `--model-kwargs` and `--gp` of the training.
     """
 
     epoch: int | None
@@ -88,9 +88,10 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         with path.open("rb") as file:
-            is_pickle = file.read(2).startswith((b"PK", b"\x80"))
+            is_pickle = file.read(1) == b"\x80" or zipfile.is_zipfile(path)
         if name is not None or is_pickle:
             return f"would run {name[1] if name else 'code'} when it is loaded; refused, not executed: use a state dict"
+        return "is not a checkpoint"  # without torch's advice to load it with weights_only=False
     if isinstance(error, EOFError | safetensors.SafetensorError) or re.search("PytorchStreamReader|EOF", str(error)):
         return f"is truncated or damaged: {one_line(error)}"
     return f"is not a checkpoint: {one_line(error)}"
@@ -117,8 +118,9 @@ def read_training_info(path: Path) -> TrainingInfo:
             warnings.simplefilter("ignore")
             # mmap does not read the tensors. Files from before torch 1.6 are not zip archives and cannot be mapped.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            epoch, model_kwargs = checkpoint.get("epoch"), getattr(checkpoint.get("args"), "model_kwargs", None)
-            return TrainingInfo(
-                epoch if type(epoch) is int else None, dict(model_kwargs) if isinstance(model_kwargs, dict) else {}
-            )
+            epoch, args = checkpoint.get("epoch"), vars(checkpoint.get("args", argparse.Namespace()))
+            model_kwargs = dict(args.get("model_kwargs") or {})
+            if args.get("gp") is not None:
+                model_kwargs.setdefault("global_pool", args["gp"])
+            return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs)
     return TrainingInfo(None, {})

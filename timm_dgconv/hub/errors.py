@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN, with a token that may write (https://huggingface.co/settings/tokens)"
@@ -16,7 +17,7 @@ def one_line(error: BaseException | str) -> str:
 
 @contextmanager
 def hub_errors() -> Iterator[None]:
-    """Turn an exception of the Hub's client into a RuntimeError with its message and the way out, if there is one.
+    """Re-raise exceptions of the Hub's client as a one-line RuntimeError, with a hint if a token is needed.
 
     Raises:
         RuntimeError: For every exception.
@@ -30,6 +31,6 @@ def hub_errors() -> Iterator[None]:
     except HfHubHTTPError as error:
         response = getattr(error, "response", None)
         way_out = f"; {_LOG_IN}" if getattr(response, "status_code", None) in (401, 403) else ""
-        raise RuntimeError(f"{one_line(error)}{way_out}") from error
+        raise RuntimeError(f"{one_line(error).rstrip('.')}{way_out}") from error
     except Exception as error:  # the client's HTTP library depends on its version
-        raise RuntimeError(one_line(error)) from error
+        raise RuntimeError(f"cannot use {constants.ENDPOINT}: {one_line(error)}") from error

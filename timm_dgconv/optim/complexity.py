@@ -32,8 +32,8 @@ def complexity(model: nn.Module) -> Tensor:
 def freeze_groups(model: nn.Module, frozen: bool = True) -> None:
     """Freeze the groups of a model's DGConv2d layers, or let them learn again.
 
-    Frozen gates have no gradient, so no optimizer changes them, not even by weight decay. The layers then cost as much
-    as a group convolution. Freeze the groups before DistributedDataParallel wraps the model, since it registers the
+    Frozen gates have no gradient, so no optimizer changes them, not even by weight decay. The layers then cost about as
+    much as a group convolution. Freeze the groups before DistributedDataParallel wraps the model. It registers the
     parameters that have gradients.
 
     Args:
