@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,17 +36,13 @@ def check(path: Path) -> None:
     """Check whether a figure can be written to this path, before the work starts.
 
     Raises:
-        ValueError: If the folder does not exist or is not writable, or the suffix is not the suffix of a figure.
+        ValueError: If the folder does not exist, or the suffix is not the suffix of a figure.
         RuntimeError: If matplotlib is missing.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path.absolute().parent} is not a folder; create it, or use another path for the plot")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"{path.absolute().parent} is not writable; use another path for the plot")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; use a file for the plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise RuntimeError("plots need matplotlib: pip install 'timm-dgconv[plot]'")
 
@@ -116,6 +111,8 @@ def _first_of_stages(report: GroupReport) -> list[LayerReport]:
 
 def _depth(axis: Any, report: GroupReport) -> None:
     """Draw the number of groups of every layer in order."""
+    from matplotlib import ticker
+
     layers = report.layers
     places = range(len(layers))
     edges = [place - 0.5 for place in range(len(layers) + 1)]
@@ -127,7 +124,9 @@ def _depth(axis: Any, report: GroupReport) -> None:
     groups = [layer.groups for layer in layers]
     axis.plot(places, groups, color="black", marker="o", markersize=3.5, linewidth=0.8, label="learned")
     axis.set_yscale("log", base=2)
-    _powers_of_two(axis.yaxis, widest)
+    axis.yaxis.set_major_locator(ticker.FixedLocator([2**n for n in range(widest.bit_length())]))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
     axis.set(xlim=(edges[0], edges[-1]), ylim=(0.8, 1.4 * widest), ylabel="groups")
 
     starts = [n for n, layer in enumerate(layers) if n == 0 or layer.stage != layers[n - 1].stage]
@@ -257,11 +256,3 @@ def _numbers(axis: Any, groups: Sequence[Sequence[int]], shades: Sequence[float]
                     fontsize=5.5,
                     color="black" if shade > 0.47 else "white",
                 )
-
-
-def _powers_of_two(axis: Any, largest: int) -> None:
-    from matplotlib import ticker
-
-    axis.set_major_locator(ticker.FixedLocator([2**n for n in range(largest.bit_length())]))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(ticker.NullLocator())

@@ -140,21 +140,28 @@ class GroupReport:
         result = dataclasses.asdict(self)
         for entry, layer in zip(result["layers"], self.layers, strict=True):
             entry["channels_per_group"] = layer.channels_per_group
-        totals = {
-            "complexity": self.complexity,
-            "density": self.density,
-            "resnext_density": self.resnext_density,
-        }
-        return {**result, **totals, "layers": list(result["layers"])}
+        result |= {"complexity": self.complexity, "density": self.density, "resnext_density": self.resnext_density}
+        return {**result, "layers": list(result["layers"])}
 
     def table(self) -> str:
         """Return a table with one row per layer, and a second table for the whole network."""
         rows = [
-            ["layer", "channels", "resolution", "groups", "channels", "open bits", *("parameters", "", "")],
-            ["", "", "", "", "per group", "", "learned", "dense", "ResNeXt"],
+            [
+                "layer",
+                "channels",
+                "resolution",
+                "groups",
+                "channels",
+                "open bits",
+                "parameters",
+                "",
+                "",
+                "MACs, M",
+                "",
+                "",
+            ],
+            ["", "", "", "", "per group", "", *("learned", "dense", "ResNeXt") * 2],
         ]
-        rows[0] += ["MACs, M", "", ""]
-        rows[1] += ["learned", "dense", "ResNeXt"]
         for layer in self.layers:
             costs = (layer.learned, layer.dense, layer.resnext)
             rows.append(
@@ -196,7 +203,7 @@ class GroupHistory:
         epochs: The epoch of each checkpoint, or None if it is not known.
 
     Raises:
-        ValueError: If there is no report, or if the reports are of different networks.
+        ValueError: If the reports are of different networks.
     """
 
     reports: tuple[GroupReport, ...]
@@ -204,11 +211,6 @@ class GroupHistory:
     epochs: tuple[int | None, ...]
 
     def __post_init__(self) -> None:
-        if not len(self.reports) == len(self.sources) == len(self.epochs) > 0:
-            raise ValueError(
-                f"got {len(self.reports)} reports, {len(self.sources)} sources and {len(self.epochs)} epochs; the "
-                "numbers must be equal and at least one"
-            )
         first = self.reports[0]
         for report, source in zip(self.reports, self.sources, strict=True):
             if _network(report) != _network(first):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm_dgconv import _compat
 from timm_dgconv.hub import card
 from timm_dgconv.hub.checkpoint import WEIGHTS
-from timm_dgconv.hub.model import BASELINE, NO_KWARGS, Checkpoint, create, resolve
+from timm_dgconv.hub.model import BASELINE, Checkpoint, create, resolve
 from timm_dgconv.models.compact import compact as compact_model
 
 CONFIG, CARD = "config.json", "README.md"
@@ -44,7 +44,7 @@ def convert(
     output: Path,
     compact: bool = False,
     use_ema: bool = True,
-    model_kwargs: Mapping[str, Any] = NO_KWARGS,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Converted:
     """Convert a checkpoint into a folder that timm loads with ``create_model("local-dir:...")``, and verify it.
 
@@ -142,10 +142,10 @@ def _outputs(model: nn.Module) -> Tensor:
         return model.eval()(images)
 
 
-def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
+def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | None = None) -> None:
     """Write config.json and model card."""
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    args = dict(model_kwargs)
+    args = dict(model_kwargs or {})
     if stem.in_channels != 3:
         args["in_chans"] = stem.in_channels
     groups = card.fixed_groups(model)

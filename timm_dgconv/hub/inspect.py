@@ -7,7 +7,7 @@ from typing import Any
 import timm
 
 from timm_dgconv.hub.checkpoint import WEIGHTS, read_model_args
-from timm_dgconv.hub.model import NO_KWARGS, Checkpoint, resolve
+from timm_dgconv.hub.model import Checkpoint, resolve
 from timm_dgconv.report import GroupHistory, group_report
 
 
@@ -17,7 +17,7 @@ def inspect(
     use_ema: bool = True,
     image_size: int | None = None,
     layers: Sequence[str] = (),
-    model_kwargs: Mapping[str, Any] = NO_KWARGS,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> GroupHistory:
     """Report the groups in the checkpoints of one run. No code in them is executed.
 
@@ -53,8 +53,8 @@ def inspect(
         if path is not None and not path.is_file():
             raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
         stored = {} if path is None else read_model_args(path.parent)
-        checkpoint = Checkpoint(source, architecture, cfg, use_ema, {**stored, **model_kwargs}, path)
-        model = checkpoint.load_gates()
+        checkpoint = Checkpoint(source, architecture, cfg, use_ema, {**stored, **(model_kwargs or {})}, path)
+        model = checkpoint.load_groups()
         in_chans, height, width = timm.data.resolve_model_data_config(model)["input_size"]
         report = group_report(model, (in_chans, image_size or height, image_size or width))
         report.select(layers)

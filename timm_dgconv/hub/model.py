@@ -4,25 +4,22 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
-from torch import Tensor, nn
+from torch import nn
 
 from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_info
 from timm_dgconv.hub.errors import one_line
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.compact import TRAINING_ARGS, group_conv_like
+from timm_dgconv.models.compact import TRAINING_ARGS, group_conv_like, groupable_blocks
 
 BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
 
 RESNEXT_PAPER = ("Aggregated Residual Transformations for Deep Neural Networks", "arXiv:1611.05431")
-
-NO_KWARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 def resolve(model_name: str) -> tuple[str, Any]:
@@ -91,7 +88,7 @@ class Checkpoint:
         architecture: str,
         cfg: Any,
         use_ema: bool = True,
-        model_kwargs: Mapping[str, Any] = NO_KWARGS,
+        model_kwargs: Mapping[str, Any] | None = None,
         path: Path | None = None,
     ) -> None:
         self.source, self.architecture, self.cfg = source, architecture, cfg
@@ -99,7 +96,7 @@ class Checkpoint:
         self.state_dict = read_state_dict(path, source, use_ema)
         info = read_training_info(path)
         self.epoch = info.epoch
-        self.model_kwargs = {**info.model_kwargs, **model_kwargs}
+        self.model_kwargs = {**info.model_kwargs, **(model_kwargs or {})}
         for name in (*TRAINING_ARGS, "in_chans", "num_classes"):  # the weights tell the last two
             self.model_kwargs.pop(name, None)
 
@@ -113,27 +110,20 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._create()
-        self._fill(model, self.state_dict)
+        self._fill(model)
         return model
 
-    def load_gates(self) -> nn.Module:
-        """Return the model with the gates of the checkpoint and all other weights on the meta device.
-
-        The layers of a checkpoint without gates are plain convolutions.
+    def load_groups(self) -> nn.Module:
+        """Return the model, with plain group convolutions if the checkpoint has no gates.
 
         Raises:
             ValueError: If the weights belong to another network.
         """
-        gates = {name: value.float().clone() for name, value in self.state_dict.items() if name.endswith(".gate")}
-        shapes = {name: torch.empty(value.shape, device="meta") for name, value in self.state_dict.items()}
-        with torch.device("meta"):
-            model = self._create()
-        self._fill(model, shapes | gates, assign=True)
-        for name, block in model.named_modules():
-            conv = getattr(block, "conv2", None)
-            if isinstance(conv, DGConv2d) and conv.gate.is_meta:
+        model = self.load()
+        for name, block in groupable_blocks(model).items():
+            if isinstance(block.conv2, DGConv2d) and f"{name}.conv2.gate" not in self.state_dict:
                 weight = self.state_dict[f"{name}.conv2.weight"]
-                block.conv2 = group_conv_like(conv, conv.in_channels // weight.shape[1])
+                block.conv2 = group_conv_like(block.conv2, block.conv2.in_channels // weight.shape[1])
         return model
 
     def _create(self) -> nn.Module:
@@ -144,9 +134,9 @@ class Checkpoint:
         in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
         return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)
 
-    def _fill(self, model: nn.Module, state_dict: dict[str, Tensor], assign: bool = False) -> None:
+    def _fill(self, model: nn.Module) -> None:
         try:
-            missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=assign)
+            missing, unexpected = model.load_state_dict(self.state_dict, strict=False)
             problems = [f"it has no {name}" for name in missing]
             problems += [f"{self.architecture} has no {name}" for name in unexpected]
         except RuntimeError as error:  # other shapes

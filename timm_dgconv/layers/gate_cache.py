@@ -117,12 +117,15 @@ def closed_on_host(gate: Tensor) -> tuple[bool, ...]:
     """Read which gates are closed.
 
     Args:
-        gate: Gates of shape (K,).
+        gate: Gates of shape (K,). All processes that share a DTensor must make this call.
 
     Raises:
         RuntimeError: If a gate is nan or has no value.
     """
-    return _closed(values_on_host(gate))
+    if gate.is_meta:
+        raise RuntimeError("gates of a DGConv2d are on the meta device and have no values; load weights first")
+    full_tensor = getattr(gate, "full_tensor", None)  # a DTensor
+    return _closed(gate.tolist() if full_tensor is None else full_tensor().tolist())
 
 
 def _closed(values: Sequence[float]) -> tuple[bool, ...]:
@@ -137,21 +140,6 @@ def _closed(values: Sequence[float]) -> tuple[bool, ...]:
 def is_closed(value: float) -> bool:
     """Return whether a gate with this value is closed. Its sign bit decides, as in `grouping.closed_gates`."""
     return math.copysign(1, value) < 0
-
-
-def values_on_host(gate: Tensor) -> list[float]:
-    """Read the values of the gates.
-
-    Args:
-        gate: Gates of shape (K,). All processes that share a DTensor must make this call.
-
-    Raises:
-        RuntimeError: If the gates are on the meta device.
-    """
-    if gate.is_meta:
-        raise RuntimeError("gates of a DGConv2d are on the meta device and have no values; load weights first")
-    full_tensor = getattr(gate, "full_tensor", None)  # a DTensor
-    return gate.tolist() if full_tensor is None else full_tensor().tolist()
 
 
 def read_together(gates: Sequence[Tensor]) -> list[list[float]]:
