@@ -50,7 +50,7 @@ def original(model: nn.Module) -> dict[str, Any]:
 
 def train_checkpoint(model: nn.Module, **model_kwargs: Any) -> dict[str, Any]:
     """The checkpoint that timm's train.py writes."""
-    args = argparse.Namespace(lr=0.1, model_kwargs=model_kwargs)
+    args = argparse.Namespace(lr=0.1, gp=model_kwargs.pop("global_pool", None), model_kwargs=model_kwargs)
     return {"epoch": 3, "arch": "test_g_resnext", "state_dict": model.state_dict(), "args": args}
 
 
@@ -138,6 +138,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of t
     "in_chans=1": (dict(in_chans=1), dict(complexity_weight=1e-4, complexity_target=0.2)),
     "in_chans=4": (dict(in_chans=4, **STEM), STEM),
     "stem": (STEM, dict(STEM, complexity_weight=1e-4)),
+    "gp": (dict(global_pool="avgmax"), dict(global_pool="avgmax")),
     "sort": (dict(block_args=dict(sort=True)), dict(block_args=dict(sort=True), freeze_groups=True)),
 }
 

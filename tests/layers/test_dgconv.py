@@ -336,6 +336,8 @@ def test_refuses_odd_channels(args: tuple[int, int], named: str) -> None:
 def test_refuses_groups() -> None:
     with pytest.raises(TypeError, match=r"groups=32.*torch.nn.Conv2d"):
         DGConv2d(64, 64, 3, groups=32)
+    with pytest.raises(TypeError, match="positional"):
+        DGConv2d(64, 64, 3, 1, 1, 1, 32)  # the position of groups in torch.nn.Conv2d
 
 
 def attempt(function: Callable[[], Tensor]) -> Any:

@@ -93,6 +93,12 @@ def test_round_trip_and_training(x: torch.Tensor) -> None:
     assert all(p.grad is not None for p in built.parameters())
 
 
+def test_frozen_weights_stay_frozen() -> None:
+    model = trained().requires_grad_(False)
+    for form in (compact(model), reparameterize_model(model)):
+        assert not any(parameter.requires_grad for parameter in form.parameters())
+
+
 def test_goes_back_into_a_model_with_gates(x: torch.Tensor) -> None:
     form = compact(trained()).eval()
     model = timm.create_model("test_g_resnext").eval()
