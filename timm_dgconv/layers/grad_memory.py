@@ -2,7 +2,7 @@
 
 A DGConv2d stores a dense weight, so it writes a dense gradient that is mostly zeros: 200 MB per step for g_resnext50.
 On a CPU the allocator returns tensors of this size to the operating system as soon as they are freed, and each step
-pays for fresh pages. Without this file, forward and backward of g_resnext50 take 6 % (channels_last) to 19 % (NCHW)
+pays for fresh pages. Without this file, forward and backward of g_resnext50 take 8 % (channels_last) to 18 % (NCHW)
 longer (benchmarks/results/speed.md).
 """
 
