@@ -15,7 +15,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 @nox.parametrize("timm", ["oldest", "newest"])
 @nox.parametrize("torch", ["oldest", "newest"])
 def tests(session: nox.Session, torch: str, timm: str) -> None:
-    """Run the tests with the oldest or newest supported torch and timm. timm="oldest" also pins huggingface_hub."""
+    """Run the tests with the oldest or newest torch and timm. The oldest timm has its oldest Hub client, too."""
     pins = Path("tests/constraints-oldest.txt").read_text().splitlines()
     versions = {"torch": torch}
     chosen = [pin for pin in pins if "==" in pin and versions.get(pin.partition("==")[0], timm) == "oldest"]

@@ -37,7 +37,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that no worker is left alone with it at the end."""
+    """Run the longest file first, so that no worker runs it alone at the end."""
     items.sort(key=lambda item: "test_timm_suite" not in item.nodeid)
 
 
@@ -63,7 +63,7 @@ CLIENT = "client"
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of the other people's programs that were run, see test_clients.py."""
+    """Print a table of the libraries that test_clients.py has run."""
     outcomes: dict[str, list[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.getreports(outcome):
@@ -84,7 +84,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def installed(distribution: str) -> str | None:
-    """The version that this environment has of a distribution."""
+    """Return the installed version of a distribution, or None."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -115,7 +115,7 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
 
 
 def run_ranks(folder: Path, code: str, *args: str, world: int = 2) -> None:
-    """Run code in so many processes of a gloo group; it knows rank, world, folder and args."""
+    """Run code in `world` processes of a gloo group. The code can use rank, world, folder and args."""
     script = folder / "rank.py"
     script.write_text(RANK + dedent(code) + "os._exit(0)  # gloo's destructor can wait for itself in torch 2.5\n")
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -139,7 +139,7 @@ def uniform(n: int, key: int) -> np.ndarray:
 
 
 def original_value(name: str, shape: tuple[int, ...], key: int) -> torch.Tensor:
-    """Value of a parameter or buffer of the original release, as the parity vectors were made with."""
+    """Return the value that a parameter or buffer of the original release has in the parity vectors."""
     u = uniform(int(np.prod(shape)), key)
     if name.endswith(".gate"):
         u = np.where(u >= 0, 0.5, -0.5)
@@ -155,7 +155,7 @@ def original_value(name: str, shape: tuple[int, ...], key: int) -> torch.Tensor:
 
 
 def original_state_dict(model: torch.nn.Module, key0: int) -> dict[str, torch.Tensor]:
-    """The original release's state dict, in float64, for a model of ours; without its constants D and I."""
+    """Return a state dict of the original release for a model, in float64 and without the constants D and I."""
     shapes = {
         name.replace("conv2.weight", "conv2.conv.weight") if ".conv2." in name else name: tuple(value.shape)
         for name, value in model.state_dict().items()
@@ -194,7 +194,7 @@ def parity() -> Vectors:
 
 @pytest.fixture(scope="session")
 def original(parity: Vectors, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """A training checkpoint of that time with the weights of the parity vectors, their input and logits."""
+    """Return a checkpoint of the original release with the weights of the parity vectors, their input and logits."""
     expected, metadata = parity("g_resnext50")
     state_dict = original_state_dict(timm.create_model("g_resnext50", device="meta"), int(metadata["key0"]))
     for name in [name for name in state_dict if name.endswith(".gate")]:

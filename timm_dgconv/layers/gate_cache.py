@@ -82,7 +82,7 @@ class GateReader:
         return GateReader, ()
 
     def read(self, first: LayerReader, layer: Any, readings: Any) -> None:
-        """Read the gates of a layer, and those of the layers after it on the same device that are frozen like them.
+        """Read the gates of a layer and of the layers after it, on one device, either frozen or learnable gates.
 
         Args:
             first: The gates of the layer. They are added at the end of the order if they are new.
