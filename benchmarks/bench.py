@@ -123,7 +123,7 @@ def layers(args: argparse.Namespace) -> list[Row]:
 
     The input has the height and width of the features of this width in a ResNeXt for images of 160 pixels, at most 40.
     In the rows, the way "policy" has the spans that the layer chooses, the way "2" has two closed bits in the span of
-    the weight gradient, and the way "masked dense" has all bits in both spans.
+    the weight gradient, and the way "masked dense" has all bits in all spans.
     """
     rows = []
     like: Any = dict(device=args.device, dtype=DTYPES[args.dtype])
@@ -142,8 +142,8 @@ def layers(args: argparse.Namespace) -> list[Row]:
                 "policy": partial(_layer_step, conv, x, grad),
             }
             for n in range(num_closed + 1):
-                calls[str(n)] = partial(_layer_step, conv, x, grad, (0, lowest(conv.closed, n)))
-            calls["masked dense"] = partial(_layer_step, conv, x, grad, (all_bits, all_bits))
+                calls[str(n)] = partial(_layer_step, conv, x, grad, Spans(weight_grad=lowest(conv.closed, n)))
+            calls["masked dense"] = partial(_layer_step, conv, x, grad, Spans(all_bits, all_bits, all_bits))
             times = interleave(calls, args.rounds, args.device, f"{width} channels, {groups} groups, {name}")
             for way, seconds in times.items():
                 row = dict(width=width, side=side, groups=groups, format=name, way=way)

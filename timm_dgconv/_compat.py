@@ -27,6 +27,11 @@ def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def dispatch_modes_are_active() -> bool:
+    """Return whether a TorchDispatchMode is active, for example FakeTensorMode. torch has no public query."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def unwrap_functorch(tensor: Tensor) -> Tensor:
     """Return the tensor inside the wrappers of torch.func transforms, which hide whether its values can be read."""
     functorch = torch._C._functorch

@@ -1,182 +1,263 @@
-"""Layout: the order of channels in which the groups are contiguous, and where the elements of a weight are in it.
+"""Layout: the order of channels in which the groups of a convolution are contiguous, and its index tensors.
 
-The layout orders the bits of a channel code: closed bits before open bits. The closed bits identify a group, the open
-bits a channel inside it. Three kinds of closed bits differ in the spans that they belong to:
+A layout has one span (see `timm_dgconv.layers.spans`). The closed bits outside the span identify a group, and the
+layout sorts the channels by them. Inside a group the channels keep their order. So there is nothing to permute if the
+bits of the groups are the most significant bits, or if the span has all bits.
 
-- far: in no span. Their gates get their gradients from a convolution of their own.
-- mid: in the span of the weight gradient only.
-- near: in the span of the output, too.
+Two groups whose codes differ in one bit are partners. The channel pairs between partners give the gradient of this
+bit's gate.
 """
 
 import functools
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from timm_dgconv.layers.spans import Spans
+from timm_dgconv.layers.grad_memory import zeros_like
+
+Place = tuple[torch.device, int]
+"""A device and its current stream. Streams do not wait for each other, so they do not share index tensors."""
 
 
-class Layout:
-    """The layout for one set of closed bits and one pair of spans. It computes with strides and has no index tensors.
+class Layout(NamedTuple):
+    """The layout for one set of closed bits and one span. Bit 0 is the most significant bit of a channel code."""
+
+    num_bits: int
+    far: tuple[int, ...]
+    """The closed bits outside the span. They identify a group."""
+    near: tuple[int, ...]
+    """The closed bits inside the span. They divide the channels of a group."""
+    order: tuple[int, ...]
+    """All bits, the bits of the groups first."""
+    num_moved: int
+    """The first `num_moved` bits of `order` are a permutation, the other bits are in place."""
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of the convolution."""
+        return 1 << len(self.far)
+
+    @property
+    def run_bits(self) -> int:
+        """Number of bits that identify a run: neighbouring channels of one group that stay together."""
+        return max(len(self.far), self.num_moved)
+
+
+@functools.lru_cache(maxsize=1024)
+def get_layout(closed: tuple[bool, ...], span: int) -> Layout:
+    """Return the layout.
 
     Args:
         closed: Which bits are closed, the most significant bit first.
-        spans: The spans of the output and of the weight gradient.
+        span: The mask of the closed bits in the span. Bit 0 of the mask is the least significant bit of a channel code.
     """
-
-    def __init__(self, closed: Sequence[bool], spans: Spans) -> None:
-        bits = range(len(closed))
-        in_output_span, in_weight_span = ([bool(span >> shift & 1) for shift in reversed(bits)] for span in spans)
-        self.bits = list(bits)
-        self.open = [k for k in bits if not closed[k]]
-        self.far = [k for k in bits if closed[k] and not in_output_span[k] and not in_weight_span[k]]
-        self.mid = [k for k in bits if closed[k] and not in_output_span[k] and in_weight_span[k]]
-        self.near = [k for k in bits if closed[k] and in_output_span[k]]
-        self.closed = [*self.far, *self.mid, *self.near]
-        self.order = [*self.closed, *self.open]
-
-    def permute(self, x: Tensor, channels_last: bool, inverse: bool = False) -> Tensor:
-        """Permute channels into the order of this layout, or back, and return them in the given memory format.
-
-        Args:
-            x: Tensor of shape (N, C, H, W).
-            channels_last: Memory format of the result.
-            inverse: Permute back.
-        """
-        order = self.order
-        if order != self.bits:
-            if inverse:
-                order = [order.index(k) for k in self.bits]
-            dim = 3 if channels_last else 1
-            x = x.movedim(1, 3) if channels_last else x
-            bits = x.unflatten(dim, (*(2 for _ in order), -1))
-            before, after = range(dim), range(dim + len(order), bits.ndim)
-            x = bits.permute(*before, *(dim + k for k in order), *after).reshape(x.shape)
-            x = x.movedim(3, 1) if channels_last else x
-        return in_format(x, channels_last)
-
-    def pairs(self, weight: Tensor, groups: Sequence[int] | None = None, flip: int | None = None) -> list[Tensor]:
-        """Return views of the elements for the channel pairs inside groups, or between groups that differ in one bit.
-
-        Args:
-            weight: A dense weight of shape (C_out, C_in, kernel height, kernel width), or blocks of shape (groups,
-                C_out / groups, C_in / groups, kernel height, kernel width) in the order of this layout.
-            groups: The bits that identify a group. The default is the closed bits: the pairs that the gates connect.
-            flip: A bit of `groups`. The views then have the pairs whose codes differ in this bit.
-
-        Returns:
-            One view of shape (*(2 per bit of `groups`), *(2 per other bit), q_out, *(2 per other bit), q_in, kernel
-            height, kernel width). With `flip` two views without that bit: the first for input channels whose code has a
-            0 there, the second for input channels whose code has a 1.
-        """
-        dense = weight.ndim == 4
-        shape, strides = (
-            ((1, *weight.shape), (0, *weight.stride())) if dense else (tuple(weight.shape), weight.stride())
-        )
-        group_bits = tuple(self.closed if groups is None else groups)
-        size, stride, offsets = self._pairs(shape, strides, dense, group_bits, flip)
-        return [weight.as_strided(size, stride, weight.storage_offset() + offset) for offset in offsets]
-
-    @functools.lru_cache(maxsize=8192)  # noqa: B019 (`get_layout` keeps the layouts alive anyway)
-    def _pairs(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], dense: bool, groups: tuple[int, ...], flip: int | None
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Return size, stride and storage offsets of the views of `pairs`."""
-        bits = self.bits if dense else self.order
-        num_block_bits = shape[0].bit_length() - 1
-        outer, inner = bits[:num_block_bits], bits[num_block_bits:]  # bits of the block index, bits inside a block
-        q_out, q_in = (channels >> len(inner) for channels in shape[1:3])
-        block_stride, out_stride, in_stride, *kernel_strides = strides
-        out_strides = {k: out_stride * q_out << shift for shift, k in enumerate(reversed(inner))}
-        in_strides = {k: in_stride * q_in << shift for shift, k in enumerate(reversed(inner))}
-        pair_strides = {k: block_stride << shift for shift, k in enumerate(reversed(outer))}
-        pair_strides |= {k: out_strides[k] + in_strides[k] for k in inner}  # both channels have the same bit
-
-        others = [k for k in self.order if k not in groups]
-        size = [2 for k in groups if k != flip]
-        stride = [pair_strides[k] for k in groups if k != flip]
-        for bit_strides, q, channel_stride in ((out_strides, q_out, out_stride), (in_strides, q_in, in_stride)):
-            size += [*(2 for _ in others), q]
-            stride += [*(bit_strides[k] for k in others), channel_stride]
-        if flip is None:
-            offsets = [0]
-        elif flip in outer:  # a block that joins two groups has the index of the input's group
-            offsets = [0, pair_strides[flip]]
-        else:
-            offsets = [out_strides[flip], in_strides[flip]]
-        return [*size, *shape[3:]], [*stride, *kernel_strides], offsets
-
-    def blocks(self, weight: Tensor, num_group_bits: int, channels_last: bool, masked: bool = True) -> Tensor:
-        """Return the weight of a group convolution whose groups are identified by the first bits of this layout.
-
-        Args:
-            weight: Dense weight of shape (C_out, C_in, kernel height, kernel width).
-            num_group_bits: Number of bits that identify a group.
-            channels_last: Memory format of the convolution.
-            masked: Write zeros for the pairs that the gates do not connect.
-
-        Returns:
-            Blocks of shape (groups, C_out / groups, C_in / groups, kernel height, kernel width).
-        """
-        blocks = empty_blocks(weight, (1 << num_group_bits,), channels_last)
-        groups = None if masked else self.closed[:num_group_bits]
-        if masked and num_group_bits < len(self.closed):
-            blocks.zero_()
-        self.pairs(blocks, groups)[0].copy_(self.pairs(weight, groups)[0])
-        return blocks
-
-    def gate_gradients(self, products: Tensor) -> dict[int, Tensor]:
-        """Return the gradients of the gates inside the span of the weight gradient, by bit.
-
-        Args:
-            products: The products of weight and weight gradient, as blocks of shape (groups, C_out / groups,
-                C_in / groups, kernel height, kernel width).
-        """
-        inside = [*self.mid, *self.near, *self.open]
-        if not inside:
-            return {}
-        n = 1 << len(inside)
-        by_code = products.sum(0).unflatten(1, (n, -1)).unflatten(0, (n, -1)).flatten(3).sum((1, 3))
-        codes = torch.arange(n, device=products.device)
-        r = by_code.gather(1, codes.unsqueeze(1) ^ codes).sum(0)  # r[x] is the sum of by_code[a, a ^ x] over a
-        # The gradient of a gate is the sum of r[x] over all x that have its bit and no other closed bit.
-        bits = 1 << torch.arange(len(inside) - 1, -1, -1, device=products.device).unsqueeze(1)
-        closed = n - (1 << len(self.open))
-        counts = (codes & bits != 0) & (codes & ~bits & closed == 0)
-        return dict(zip(inside, counts.to(r.dtype) @ r, strict=True))
+    num_bits = len(closed)
+    in_span = [bool(span >> shift & 1) for shift in reversed(range(num_bits))]
+    far, near = (tuple(k for k in range(num_bits) if closed[k] and in_span[k] == side) for side in (False, True))
+    order = (*far, *(k for k in range(num_bits) if k not in far))
+    num_moved = 1 + max((k for k in range(num_bits) if order[k] != k), default=-1)
+    return Layout(num_bits, far, near, order, num_moved)
 
 
-get_layout = functools.lru_cache(maxsize=1024)(Layout)
+def place(tensor: Tensor) -> Place:
+    """Return the place at which a tensor is computed with."""
+    return tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
-def empty_blocks(weight: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """Allocate blocks of shape (groups, ..., C_out / groups, C_in / groups, ...) for `shape` = (groups, ...)."""
-    out_channels, in_channels, height, width = weight.shape
-    shape, in_channels = (*shape, out_channels // shape[0]), in_channels // shape[0]
-    if channels_last:
-        return weight.new_empty(*shape, height, width, in_channels).movedim(-1, -3)
-    return weight.new_empty(*shape, in_channels, height, width)
-
-
-def flip_groups(x: Tensor, num_group_bits: int, bits: range, channels_last: bool) -> Tensor:
-    """Return the channels of the groups whose codes differ from each group's in one bit, for several bits.
+def select_channels(x: Tensor, layout: Layout, where: Place, partners: bool = False, inverse: bool = False) -> Tensor:
+    """Permute the channels into the order of a layout, or back.
 
     Args:
-        x: Tensor of shape (N, C, H, W) in the order of a layout.
-        num_group_bits: Number of bits that identify a group.
-        bits: Positions of the bits in the order of the layout.
-        channels_last: Memory format of `x`.
+        x: Tensor of shape (N, C, H, W), contiguous or channels_last.
+        layout: The layout.
+        where: The place of `x`.
+        partners: Insert the channels of its partners after the channels of each group, in the order of the far bits.
+        inverse: Permute back.
 
     Returns:
-        Tensor of shape (N, C * len(bits), H, W): per group its partner's channels for each of the bits.
+        Tensor of shape (N, C, H, W), or (N, C * (1 + number of far bits), H, W), in the memory format of `x`.
     """
-    groups = torch.arange(1 << num_group_bits, device=x.device).unsqueeze(1)
-    masks = 1 << num_group_bits - 1 - torch.arange(bits.start, bits.stop, device=x.device)
+    if not layout.num_moved and not (partners and layout.far):
+        return x
+    index = _run_index(layout, partners, inverse, where)
+    channels_last = is_channels_last(x)
     dim = 3 if channels_last else 1
-    x = x.movedim(1, 3) if channels_last else x
-    x = x.unflatten(dim, (1 << num_group_bits, -1)).index_select(dim, (groups ^ masks).flatten()).flatten(dim, dim + 1)
-    return x.movedim(3, 1) if channels_last else x
+    x = (x.movedim(1, 3) if channels_last else x).unflatten(dim, (1 << layout.run_bits, -1))
+    if channels_last and x.is_cpu and x.shape[-1] > 1:  # torch is twice as fast along the first dimension
+        rows = torch.arange(0, x[..., 0].numel(), x.shape[3]).unsqueeze(1) + index
+        y = x.flatten(0, 3).index_select(0, rows.flatten()).view(*x.shape[:3], len(index) * x.shape[-1])
+    else:
+        y = x.index_select(dim, index).flatten(dim, dim + 1)
+    return y.movedim(3, 1) if channels_last else y
+
+
+def gather_blocks(weight: Tensor, layout: Layout, where: Place, partners: bool = False) -> Tensor:
+    """Return the weight of the group convolution as blocks.
+
+    Args:
+        weight: Dense weight of shape (C_out, C_in, kernel height, kernel width), contiguous or channels_last.
+        layout: The layout.
+        where: The place of `weight`.
+        partners: Return all pairs inside the groups, and the pairs between the inputs of each group and the outputs of
+            its partners. Otherwise the result is zero for pairs that the gates do not connect.
+
+    Returns:
+        Tensor of shape (groups, 1 + number of far bits, C_out / groups, C_in / groups, kernel height, kernel width),
+        without `partners` of shape (groups, 1, ...), in the memory format of `weight`.
+    """
+    blocks = weight[None, None]
+    if layout.far:
+        out_channels, in_channels, *kernel_size = weight.shape
+        channels_last = is_channels_last(weight)
+        sizes = (out_channels // layout.groups, in_channels // layout.groups, *kernel_size)
+        sizes = (sizes[0], *kernel_size, sizes[1]) if channels_last else sizes
+        blocks = _as_rows(weight, layout).index_select(0, _rows(weight, layout, partners, where))
+        blocks = blocks.view(layout.groups, 1 + len(layout.far) if partners else 1, *sizes)
+        blocks = blocks.movedim(-1, 3) if channels_last else blocks
+    return blocks if partners else _mask(blocks, layout, where)
+
+
+def weight_gradient(blocks: Tensor, weight: Tensor, layout: Layout, where: Place) -> Tensor:
+    """Return the gradient of a dense weight.
+
+    Args:
+        blocks: Gradient of the pairs inside the groups, of shape (groups, C_out / groups, C_in / groups, kernel height,
+            kernel width).
+        weight: The weight, of shape (C_out, C_in, kernel height, kernel width), contiguous or channels_last.
+        layout: The layout.
+        where: The place of both.
+
+    Returns:
+        Tensor in the shape and memory format of `weight`. It is zero for pairs that the gates do not connect.
+    """
+    channels_last = is_channels_last(weight)
+    blocks = _mask(blocks, layout, where).to(weight.dtype)
+    if not layout.far:
+        return in_format(blocks[0], channels_last)
+    grad = zeros_like(weight)
+    rows = _rows(weight, layout, False, where)
+    blocks = blocks.movedim(2, -1) if channels_last else blocks
+    _as_rows(grad, layout).index_copy_(0, rows, blocks.reshape(len(rows), -1))
+    return grad
+
+
+def gate_gradients(products: Tensor, layout: Layout, gates: tuple[int, ...], where: Place) -> Tensor:
+    """Return the gradients of all gates.
+
+    Args:
+        products: Products of weight and weight gradient, as blocks with partners (see `gather_blocks`).
+        layout: The layout.
+        gates: The bit on which each gate acts.
+        where: The place of `products`.
+
+    Returns:
+        Tensor of shape (K,).
+    """
+    num_codes = 1 << layout.num_bits - len(layout.far)
+    sums = products.sum(0) if layout.far else products[0]  # two sums are faster than one over the same dimensions
+    sums = sums.sum((-2, -1)).unflatten(2, (num_codes, -1)).unflatten(1, (num_codes, -1))
+    sums = sums.flatten(1) if sums.shape[2] == sums.shape[4] == 1 else sums.sum((2, 4)).flatten(1)
+    # r[p, x] is the sum over the pairs of slot p for which (code of the output) XOR (code of the input) is x.
+    r = sums.index_select(1, _pairs_by_xor(num_codes, where)).unflatten(1, (num_codes, num_codes)).sum(2)
+    return _gates_by_xor(layout, gates, r.dtype, where) @ r.flatten()
+
+
+def _runs(layout: Layout) -> Tensor:
+    """Return the index of each run, of shape (groups, runs per group), in the order of the layout."""
+    bits = layout.order[: layout.run_bits]
+    return torch.arange(1 << len(bits), device="cpu").view([2] * len(bits)).permute(bits).reshape(layout.groups, -1)
+
+
+def _partners(layout: Layout) -> Tensor:
+    """Return the index of each group and its partners, of shape (groups, 1 + number of far bits)."""
+    bits = torch.tensor([0, *(layout.groups >> n + 1 for n in range(len(layout.far)))])
+    return torch.arange(layout.groups).unsqueeze(1) ^ bits
+
+
+@functools.lru_cache(maxsize=1024)
+def _run_index(layout: Layout, partners: bool, inverse: bool, where: Place) -> Tensor:
+    runs = _runs(layout)
+    index = runs[_partners(layout)].flatten() if partners else runs.flatten()
+    return (index.argsort() if inverse else index).to(where[0])
+
+
+def _as_rows(weight: Tensor, layout: Layout) -> Tensor:
+    """View a weight as rows that are inside one run of input channels, without a copy."""
+    if is_channels_last(weight):
+        return weight.movedim(1, -1).view(-1, weight.shape[1] >> layout.run_bits)
+    return weight.view(-1, weight[0].numel() >> layout.run_bits)
+
+
+def _rows(weight: Tensor, layout: Layout, partners: bool, where: Place) -> Tensor:
+    """Return the index of the rows of a weight that are in the blocks, in their order."""
+    kernel_rows = weight[0, 0].numel() if is_channels_last(weight) else 1
+    first, runs = _row_index(layout, weight.shape[0], kernel_rows, partners, where)
+    return first if runs is None else (first + runs).flatten()
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_index(
+    layout: Layout, out_channels: int, kernel_rows: int, partners: bool, where: Place
+) -> tuple[Tensor, Tensor | None]:
+    """Return the index of the rows, or two tensors whose sum it is: permuted layouts have too many rows to keep."""
+    runs = _runs(layout)
+    run = out_channels >> layout.run_bits
+    out = (runs.unsqueeze(2) * run + torch.arange(run)).flatten(1)
+    out = out[_partners(layout)] if partners else out.unsqueeze(1)
+    first = (out.unsqueeze(3) * kernel_rows + torch.arange(kernel_rows)).unsqueeze(4) << layout.run_bits
+    runs = runs[:, None, None, None]
+    dtype = torch.int32 if partners else torch.int64  # index_copy_ takes no int32
+    if runs.shape[-1] == 1:
+        return (first + runs).flatten().to(where[0], dtype), None
+    return first.to(where[0], dtype), runs.to(where[0], dtype)
+
+
+def _mask(blocks: Tensor, layout: Layout, where: Place) -> Tensor:
+    """Write zeros for the pairs inside groups that the gates do not connect."""
+    if not layout.near:
+        return blocks
+    return blocks.masked_fill(_disconnected(layout, blocks.shape[-4], blocks.shape[-3], where), 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _disconnected(layout: Layout, out_channels: int, in_channels: int, where: Place) -> Tensor:
+    num_codes = 1 << layout.num_bits - len(layout.far)
+    codes = torch.arange(num_codes) & _inside(layout, layout.near)
+    disconnected = codes.unsqueeze(1) != codes
+    disconnected = disconnected.repeat_interleave(out_channels // num_codes, 0)
+    return disconnected.repeat_interleave(in_channels // num_codes, 1)[:, :, None, None].to(where[0])
+
+
+def _inside(layout: Layout, bits: tuple[int, ...]) -> int:
+    """Return the mask of some bits in the code of a channel inside its group."""
+    inside = layout.order[len(layout.far) :]
+    return sum(1 << shift for shift, k in enumerate(reversed(inside)) if k in bits)
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs_by_xor(num_codes: int, where: Place) -> Tensor:
+    """Return the pairs of codes (a, a XOR x) as flat indices, sorted by x."""
+    codes = torch.arange(num_codes)
+    return (codes * num_codes + (codes ^ codes.unsqueeze(1))).flatten().to(where[0], torch.int32)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gates_by_xor(layout: Layout, gates: tuple[int, ...], dtype: torch.dtype, where: Place) -> Tensor:
+    """Return a 0/1 matrix of shape (K, slots * codes): 1 where a pair has the bit of the gate and no other closed bit.
+
+    The pairs of slot 0 are inside a group. The pairs of slot 1 + n also differ in the far bit n.
+    """
+    codes = torch.arange(1 << layout.num_bits - len(layout.far))
+    near = _inside(layout, layout.near)
+    matrix = torch.zeros(len(gates), 1 + len(layout.far), len(codes), dtype=dtype)
+    for row, k in zip(matrix, gates, strict=True):
+        if k in layout.far:
+            row[1 + layout.far.index(k)] = codes & near == 0
+        else:
+            bit = _inside(layout, (k,))
+            row[0] = (codes & bit != 0) & (codes & near & ~bit == 0)
+    return matrix.flatten(1).to(where[0])
 
 
 def in_format(x: Tensor, channels_last: bool) -> Tensor:
