@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_dgconv import DGConv2d, compact, freeze_groups
-from timm_dgconv.layers import layout
+from timm_dgconv.layers import grad_memory, layout
 from timm_dgconv.layers.layout import get_layout
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in /proc")
