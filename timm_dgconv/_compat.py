@@ -50,6 +50,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def foreach_add_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add tensors in place, pair by pair, in one launch per device and dtype, as torch's optimizers do."""
+    torch._foreach_add_(tensors, others)
+
+
 def is_replica(module: nn.Module) -> bool:
     """Return whether DataParallel has made this module for one forward pass."""
     return getattr(module, "_is_replica", False)

@@ -149,7 +149,7 @@ SHARDED = """
         assert block_groups(sharded) == block_groups(alone)
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (sharded, alone)]
     flipped = 0
-    for step in range(10):
+    for step in range(50):
         x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         y = torch.arange(4) % 3
         for optimizer in optimizers:
@@ -173,7 +173,7 @@ SHARDED = """
         optimizers[1].step()
         flipped += int((torch.cat([alone.get_parameter(name) for name in names]).signbit() != before).sum())
     else:
-        assert flipped > 0
+        assert flipped > 10, flipped
         with gathered(sharded):
             got, expected = ({name: p.detach() for name, p in m.named_parameters()} for m in (model, alone))
             got = {name: p.full_tensor() for name, p in got.items()} if kind == "fully_shard" else got

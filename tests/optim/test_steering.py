@@ -511,7 +511,7 @@ def test_a_step_that_raises_leaves_nothing_behind() -> None:
 
 
 def test_transfers_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step with a target copies one tensor to the device, and reads all gates twice, before and after it."""
+    """A step with a target reads all gates once, and copies one tensor to the device if the pushed gates change."""
     monkeypatch.setattr(gate_cache, "READ_DIRECTLY", set())  # as on CUDA
     model = nn.ModuleList(DGConv2d(64, 64, 1, bias=False) for _ in range(20))
     set_gates(model, lambda gate: 0.5 + torch.rand_like(gate))
@@ -531,11 +531,11 @@ def test_transfers_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     count(torch, "tensor")
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__bool__"):
         count(torch.Tensor, name)
-    for _ in range(3):
+    for step in range(3):
         optimizer.zero_grad()
         before = values(model)
         calls.clear()
         optimizer.step()
         counts = dict(calls)
         assert all(not torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
-        assert counts == {"tensor": 1, "tolist": 2}
+        assert counts == ({"tensor": 3, "tolist": 2} if step == 0 else {"tolist": 1})

@@ -270,8 +270,11 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[An
         gate_cache.refuse_nan(gate)
     if torch.is_grad_enabled():  # create_graph=True
         return (*_differentiable_gradients(ctx, grad_output, needs), *[None] * len(others))
-    args = (grad_output, input, weight, gate, *ctx.options, [needs_input, needs_weight, needs_gate])
-    grads = _backward(*args, closed=ctx.closed) if _is_eager() else torch.ops.timm_dgconv.dgconv2d_backward(*args)
+    args: Any = (grad_output, input, weight, gate, *ctx.options, [needs_input, needs_weight, needs_gate])
+    if _is_eager():
+        grads = _backward(*args, ctx.closed)  # type: ignore[call-arg]
+    else:
+        grads = torch.ops.timm_dgconv.dgconv2d_backward(*args)
     return (
         grads[0] if needs_input else None,
         grads[1] if needs_weight else None,
@@ -303,7 +306,7 @@ class _DGConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, closed: Sequence[bool] | None, *inputs: Any) -> Tensor:
-        output = _forward(*inputs, closed=closed)
+        output = _forward(*inputs, closed)  # type: ignore[call-arg]
         _setup_context(ctx, inputs, output)
         ctx.closed = closed
         return output

@@ -217,7 +217,8 @@ def _mask(blocks: Tensor, layout: Layout, where: Place) -> Tensor:
     """Write zeros for the pairs inside groups that the gates do not connect."""
     if not layout.near:
         return blocks
-    return blocks.masked_fill(_disconnected(layout, blocks.shape[-4], blocks.shape[-3], where), 0)
+    disconnected = _disconnected(layout, blocks.shape[-4], blocks.shape[-3], where)
+    return torch.where(disconnected, 0, blocks)  # masked_fill returns contiguous blocks in either format
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ The hooks are registered when the first model is steered.
 """
 
 import functools
+import itertools
 import math
 import threading
 import weakref
@@ -78,8 +79,10 @@ class _Steered:
 
 _steered: MutableSet[_Steered] = weakref.WeakSet()
 _lock = threading.Lock()
-_before: MutableMapping[Optimizer, dict[ComplexityTerm, Gates]] = weakref.WeakKeyDictionary()
+_before: MutableMapping[Optimizer, dict[ComplexityTerm, Tensor]] = weakref.WeakKeyDictionary()
 """The gates before the running step of an optimizer, for terms with a target. Steps can be nested."""
+_known: MutableMapping[ComplexityTerm, Gates] = weakref.WeakKeyDictionary()
+"""The gates after the last step, for terms with a target."""
 
 
 def steer(model: nn.Module, weight: float, target: float | None = None) -> None:
@@ -113,16 +116,20 @@ def _register_hooks() -> None:
 
 
 class _Group:
-    """A term and all its layers, seen from one optimizer.
+    """A term and all its layers, seen from one optimizer. Layers can share their gates.
 
     Attributes:
-        trainable: Per layer whether the optimizer trains its gates.
+        gates: The gates of all layers.
+        users: Per gates the indices of the layers.
+        trainable: Per gates whether the optimizer trains them.
+        sizes: Per layer the number of connections of a dense layer.
     """
 
     def __init__(self, term: ComplexityTerm, layers: Sequence[DGConv2d], parameters: set[int]) -> None:
         self.term = term
-        self.layers = layers
-        self.trainable = [layer.gate.requires_grad and id(layer.gate) in parameters for layer in layers]
+        self.gates = list({id(layer.gate): layer.gate for layer in layers}.values())
+        self.users = [[n for n, layer in enumerate(layers) if layer.gate is gate] for gate in self.gates]
+        self.trainable = [gate.requires_grad and id(gate) in parameters for gate in self.gates]
         self.sizes = [layer.in_channels * layer.out_channels for layer in layers]
 
     @property
@@ -131,22 +138,41 @@ class _Group:
         assert self.term.target is not None
         return self.term.target * sum(self.sizes)
 
-    def gates(self) -> Gates:
-        """Return the values of all gates.
+    def flat(self) -> Tensor:
+        """Return a copy of all gates as one tensor, on the device of the first one.
 
-        Raises:
-            RuntimeError: If this process does not have all of them.
+        Single precision at least: the largest float16 is below the number of connections of a layer.
         """
-        if any(hasattr(layer.gate, "full_tensor") for layer in self.layers):  # a DTensor
-            raise RuntimeError(
-                "complexity_target needs all gates in each process, and fully_shard has sharded them; leave the target "
-                "out, or train with DistributedDataParallel"
-            )
-        return gate_cache.read_together([layer.gate for layer in self.layers])
+        gates: list[Any] = [gate.detach() for gate in self.gates]
+        wholes = [gate.full_tensor() if hasattr(gate, "full_tensor") else gate for gate in gates]  # of a DTensor
+        like = wholes[0].new_empty(0, dtype=torch.promote_types(wholes[0].dtype, torch.float32))
+        return torch.cat([whole.to(like) for whole in wholes])
 
-    def connections(self, gates: Gates) -> list[float]:
-        """Return the number of connections per layer with these gates."""
-        return [size * 0.5 ** sum(map(gate_cache.is_closed, g)) for size, g in zip(self.sizes, gates, strict=True)]
+    def values(self, flat: Sequence[float]) -> Gates:
+        """Split the values of all gates."""
+        ends = list(itertools.accumulate(gate.numel() for gate in self.gates))
+        return [list(flat[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def connections(self, values: Gates) -> list[float]:
+        """Return the number of connections per layer with these values of the gates."""
+        connections = list(map(float, self.sizes))
+        for gate, users in zip(values, self.users, strict=True):
+            for n in users:
+                connections[n] *= 0.5 ** sum(map(gate_cache.is_closed, gate))
+        return connections
+
+
+@functools.lru_cache(maxsize=64)
+def _membership(
+    num_gates: tuple[int, ...], users: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], like: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the 0/1 matrix of shape (layers, gates) of the gates that each layer has, and the sizes of the layers."""
+    matrix = torch.zeros(len(sizes), len(num_gates))
+    for column, layers in enumerate(users):
+        matrix[list(layers), column] = 1
+    device, dtype = like
+    matrix = matrix.repeat_interleave(torch.tensor(num_gates), dim=1)
+    return matrix.to(device, dtype), torch.tensor(sizes, dtype=dtype).to(device)
 
 
 def _groups(optimizer: Optimizer) -> list[_Group]:
@@ -175,8 +201,14 @@ def _groups(optimizer: Optimizer) -> list[_Group]:
                     "FullyShardedDataParallel has sharded the gates of a DGConv2d, and complexity_weight needs whole "
                     "gates; shard with torch.distributed.fsdp.fully_shard, or train with DistributedDataParallel"
                 )
-        if any(id(layer.gate) in ids for layer in layers):
-            groups.append(_Group(term, layers, ids))
+        if not any(id(layer.gate) in ids for layer in layers):
+            continue
+        if term.target is not None and any(hasattr(layer.gate, "full_tensor") for layer in layers):  # a DTensor
+            raise RuntimeError(
+                "complexity_target needs all gates in each process, and fully_shard has sharded them; leave the target "
+                "out, or train with DistributedDataParallel"
+            )
+        groups.append(_Group(term, layers, ids))
     return groups
 
 
@@ -184,14 +216,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     groups = _groups(optimizer)
     if not groups:
         return None
-    _before[optimizer] = {group.term: group.gates() for group in groups if group.term.target is not None}
+    _before[optimizer] = {group.term: group.flat() for group in groups if group.term.target is not None}
 
-    def add_terms(known: dict[ComplexityTerm, Gates]) -> None:
-        gates = [layer.gate for group in groups for layer in group.layers]
+    def add_terms() -> None:
+        gates = [gate for group in groups for gate in group.gates]
         done = {id(gate) for gate in gates if _has_term(gate)}
         for group in groups:
-            values = known.get(group.term)
-            done |= _add_term(group, values, done, getattr(optimizer, "grad_scale", None))
+            done |= _add_term(group, done, getattr(optimizer, "grad_scale", None))
         # Afterwards: gradients that are views of one bucket (DistributedDataParallel) share a version.
         for gate in gates:
             if id(gate) in done:
@@ -200,12 +231,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
-        add_terms(_before[optimizer])
+        add_terms()
         return None
 
     def closure_with_terms() -> Any:  # the closure computes the gradients
         loss = closure()
-        add_terms({})  # earlier closures of this step have changed the gates
+        add_terms()
         return loss
 
     if "closure" in kwargs:
@@ -225,57 +256,58 @@ def _has_term(gate: Tensor) -> bool:
     return gate.grad is not None and getattr(gate.grad, "_version_with_term", None) == _compat.version(gate.grad)
 
 
-def _add_term(group: _Group, gates: Gates | None, done: set[int], grad_scale: Tensor | None) -> set[int]:
+@torch.no_grad()
+def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[int]:
     """Add the term to the gradient of the gates that the optimizer trains.
+
+    The derivative of ``size * 2^(-closed gates)`` with respect to a gate is the value times ln(2).
 
     Args:
         group: The term and its layers.
-        gates: The values of the gates, if they are known.
         done: Ids of the gates whose gradients have the term already.
         grad_scale: Factor of the gradients, if a fused optimizer unscales them itself.
 
     Returns:
         Ids of the gates whose gradients have changed.
     """
-    layers = [
-        layer
-        for layer, trainable in zip(group.layers, group.trainable, strict=True)
-        if trainable and id(layer.gate) not in done
-    ]
-    masks: dict[DGConv2d, Tensor] = {}
-    if group.term.target is not None and layers:
-        chosen = dict(zip(group.layers, _to_close(group, gates or group.gates()), strict=True))
-        layers = [layer for layer in layers if any(chosen[layer])]
-        bits = torch.tensor([bit for layer in layers for bit in chosen[layer]])
-        bits = bits.to(layers[0].gate.device) if layers else bits  # one copy for all layers
-        masks = dict(zip(layers, bits.split([len(chosen[layer]) for layer in layers]), strict=True))
-    # Single precision at least: the largest float16 is below the number of connections of a layer.
-    leaves = [
-        layer.gate.detach().to(torch.promote_types(layer.gate.dtype, torch.float32)).requires_grad_()
-        for layer in layers
-    ]
-    with torch.enable_grad():
-        complexities = [
-            grouping.complexity(leaf, layer.out_channels, layer.in_channels)
-            for leaf, layer in zip(leaves, layers, strict=True)
-        ]
-    gradients = torch.autograd.grad(complexities, leaves) if leaves else ()
-    changed = set()
-    for layer, gradient in zip(layers, gradients, strict=True):
-        gate = layer.gate
-        if id(gate) in changed:  # layers can share their gates
-            continue
-        factor = group.term.weight if grad_scale is None else group.term.weight * grad_scale.to(gate.device)
-        gradient = (gradient * factor).to(gate.dtype)
-        if masks:
-            gradient *= masks[layer].to(gate.device)
-        with torch.no_grad():
-            if gate.grad is None:
-                gate.grad = gradient
-            else:
-                gate.grad.add_(gradient)
-        changed.add(id(gate))
-    return changed
+    indices = [n for n, gate in enumerate(group.gates) if group.trainable[n] and id(gate) not in done]
+    chosen = None
+    if group.term.target is not None:
+        chosen = _to_close(group, _known_values(group))
+        indices = [n for n in indices if any(chosen[n])]
+    if not indices:
+        return set()
+    flat = group.flat()
+    num_gates = tuple(gate.numel() for gate in group.gates)
+    users = tuple(map(tuple, group.users))
+    matrix, sizes = _membership(num_gates, users, tuple(group.sizes), (flat.device, flat.dtype))
+    complexities = sizes * torch.exp2(-(matrix @ grouping.closed_gates(flat).to(flat.dtype)))
+    factor = group.term.weight * math.log(2) * (1 if grad_scale is None else grad_scale.to(flat.device))
+    term = (factor * complexities) @ matrix
+    if chosen is not None:
+        term *= _mask(tuple(bit for gate in chosen for bit in gate), flat.device)
+    pieces = term.split(num_gates)
+    grads = []
+    for n in indices:
+        gate = group.gates[n]
+        gate.grad = torch.zeros_like(gate) if gate.grad is None else gate.grad
+        grads.append(gate.grad.to_local() if hasattr(gate.grad, "to_local") else gate.grad)
+    # A DTensor has some of the gates here. Without a target the gates of a layer have one gradient.
+    _compat.foreach_add_(grads, [pieces[n][: len(g)].to(g) for n, g in zip(indices, grads, strict=True)])
+    return {id(group.gates[n]) for n in indices}
+
+
+def _known_values(group: _Group) -> Gates:
+    """Return the values of all gates after the last step, or now if there was none. They only choose what to push."""
+    values = _known.get(group.term)
+    if values is None or list(map(len, values)) != [gate.numel() for gate in group.gates]:
+        values = _known[group.term] = group.values(group.flat().tolist())
+    return values
+
+
+@functools.lru_cache(maxsize=64)
+def _mask(chosen: tuple[bool, ...], device: torch.device) -> Tensor:
+    return torch.tensor(chosen).to(device, non_blocking=True)
 
 
 def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
@@ -286,22 +318,28 @@ def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
     undershoots least.
 
     Returns:
-        Per layer and gate whether it must close.
+        Per gate whether it must close.
     """
     connections = group.connections(gates)
     excess = sum(connections) - group.budget
     chosen = [[False] * len(values) for values in gates]
     candidates = [
-        (n, k)
+        (value, n, k)
         for n, values in enumerate(gates)
         for k, value in enumerate(values)
-        if group.trainable[n] and not gate_cache.is_closed(value)
+        if excess > 0 and group.trainable[n] and not gate_cache.is_closed(value)
     ]
-    for n, k in sorted(candidates, key=lambda place: (gates[place[0]][place[1]], place)):
-        saved = connections[n] / 2
-        if saved <= excess:
-            connections[n], excess, chosen[n][k] = saved, excess - saved, True
-    rest = [(connections[n], gates[n][k], n, k) for n, k in candidates if not chosen[n][k]]
+
+    def saved(n: int) -> float:
+        return sum(connections[layer] for layer in group.users[n]) / 2
+
+    for _, n, k in sorted(candidates):
+        if saved(n) <= excess:
+            excess -= saved(n)
+            chosen[n][k] = True
+            for layer in group.users[n]:
+                connections[layer] /= 2
+    rest = [(saved(n), value, n, k) for value, n, k in candidates if not chosen[n][k]]
     if rest and excess > SLACK * group.budget:
         *_, n, k = min(rest)
         chosen[n][k] = True
@@ -309,35 +347,37 @@ def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
 
 
 @torch.no_grad()
-def _enforce_target(group: _Group, before: Gates) -> None:
+def _enforce_target(group: _Group, before: Tensor) -> None:
     """Reverse the flips of a step that take the network above the target or more than `SLACK` below it.
 
-    Flips that must close gates are kept first, then the flips that moved their gates farthest beyond zero. A reversed
-    gate keeps its distance from zero.
+    The flips of the gates nearest to zero are reversed first. A reversed gate keeps its distance from zero. Gates that
+    must close to reach the target stay closed.
     """
-    after = group.gates()
-    must_close = _to_close(group, before)
-    closes = {  # per flipped gate whether it closes
-        (n, k): gate_cache.is_closed(new)
-        for n, values in enumerate(zip(before, after, strict=True))
-        for k, (old, new) in enumerate(zip(*values, strict=True))
-        if group.trainable[n] and gate_cache.is_closed(old) != gate_cache.is_closed(new)
-    }
-    pending = sorted(
-        closes, key=lambda place: (not must_close[place[0]][place[1]], -abs(after[place[0]][place[1]]), place)
+    flat = torch.cat([before, group.flat()]).tolist()  # one transfer
+    old, new = group.values(flat[: len(before)]), group.values(flat[len(before) :])
+    must_close = _to_close(group, old)
+    flips = sorted(
+        (abs(value), n, k)
+        for n in range(len(new))
+        for k, value in enumerate(new[n])
+        if group.trainable[n] and gate_cache.is_closed(value) != gate_cache.is_closed(old[n][k])
     )
-    connections, budget = group.connections(before), group.budget
-    total = sum(connections)
-    changed = bool(pending)
-    while changed:  # a gate that opens makes room for a gate that closes, and vice versa
-        changed = False
-        for n, k in list(pending):
-            change = -connections[n] / 2 if closes[n, k] else connections[n]
-            allowed = total + change >= (1 - SLACK) * budget if closes[n, k] else total + change <= budget
-            if must_close[n][k] or allowed:
-                connections[n] += change
-                total += change
-                pending.remove((n, k))
-                changed = True
-    for n, k in pending:
-        group.layers[n].gate[k] = math.copysign(after[n][k], 1 if closes[n, k] else -1)
+    opened = [(n, k) for _, n, k in flips if not gate_cache.is_closed(new[n][k])]
+    closed = [(n, k) for _, n, k in flips if gate_cache.is_closed(new[n][k]) and not must_close[n][k]]
+
+    def total() -> float:
+        return sum(group.connections(new))
+
+    def reverse(n: int, k: int) -> None:
+        new[n][k] = -new[n][k]
+        group.gates[n][k] = new[n][k]
+
+    def reverse_openings() -> None:
+        while opened and total() > group.budget:
+            reverse(*opened.pop(0))
+
+    reverse_openings()
+    while closed and total() < (1 - SLACK) * group.budget:
+        reverse(*closed.pop(0))
+        reverse_openings()
+    _known[group.term] = new
