@@ -206,29 +206,32 @@ def _backward(
     where, dense = place(input), _dense(weight)
     grad, x = in_format(grad_output, plan.channels_last), in_format(input, plan.channels_last)
 
-    def convolution_backward(grad: Tensor, x: Tensor, blocks: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
-        args = (None, stride, padding, dilation, False, [0], len(blocks), mask)
-        return torch.ops.aten.convolution_backward(grad, x, blocks.flatten(0, 2), *args)
+    def convolution_backward(grad: Tensor, x: Tensor, blocks: Tensor, groups: int, mask: list[bool]) -> list[Tensor]:
+        args = (None, stride, padding, dilation, False, [0], groups, mask)
+        return torch.ops.aten.convolution_backward(grad, x, blocks, *args)
 
     def input_gradient(span: int) -> Tensor:
         layout = get_layout(plan.closed, span)
-        blocks = gather_blocks(dense, layout, where).to(grad.dtype)
+        blocks = gather_blocks(dense, layout, where).flatten(0, 2).to(grad.dtype)
         permuted = select_channels(grad, layout, where)
-        grad_input, *_ = convolution_backward(permuted, x, blocks, [True, False, False])
+        grad_input = convolution_backward(permuted, x, blocks, layout.groups, [True, False, False])[0]
         return select_channels(in_format(grad_input, plan.channels_last), layout, where, inverse=True)
 
     def weight_and_gate_gradients(span: int) -> tuple[Tensor | None, Tensor | None]:
         layout = get_layout(plan.closed, span)
-        blocks = gather_blocks(dense, layout, where, partners=needs_gate)
-        # Only the shape of this weight matters.
-        any_blocks = blocks if blocks.dtype == grad.dtype else grad.new_empty(()).expand(blocks.shape)
+        slots = 1 + len(layout.far) if needs_gate else 1
+        # Only the shape and the memory format of this weight matter.
+        shape = (slots * weight.shape[0], weight.shape[1] // layout.groups, *weight.shape[2:])
+        memory_format = torch.channels_last if is_channels_last(dense) else torch.contiguous_format
+        like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         inputs = (select_channels(grad, layout, where, partners=needs_gate), select_channels(x, layout, where))
-        _, grad_blocks, _ = convolution_backward(*inputs, any_blocks, [False, True, False])
-        grad_blocks = grad_blocks.unflatten(0, blocks.shape[:3])
+        grad_blocks = convolution_backward(*inputs, like, layout.groups, [False, True, False])[1]
+        grad_blocks = grad_blocks.unflatten(0, (layout.groups, slots, -1))
         grad_weight = grad_gate = None
         if needs_gate:
             # A gate's gradient is a sum over many channel pairs, for which half precision is too coarse.
             sum_dtype = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
+            blocks = gather_blocks(dense, layout, where, partners=True)
             products = (blocks.to(sum_dtype) if layout.far else blocks.to(sum_dtype, copy=True)).mul_(grad_blocks)
             grad_gate = gate_gradients(products, layout, plan.gates, where).to(gate.dtype)
         if needs_weight:
@@ -271,10 +274,8 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[An
     if torch.is_grad_enabled():  # create_graph=True
         return (*_differentiable_gradients(ctx, grad_output, needs), *[None] * len(others))
     args: Any = (grad_output, input, weight, gate, *ctx.options, [needs_input, needs_weight, needs_gate])
-    if _is_eager():
-        grads = _backward(*args, ctx.closed)  # type: ignore[call-arg]
-    else:
-        grads = torch.ops.timm_dgconv.dgconv2d_backward(*args)
+    operator = torch.ops.timm_dgconv.dgconv2d_backward
+    grads = _backward(*args, ctx.closed) if _is_eager() else operator(*args)  # type: ignore[call-arg]
     return (
         grads[0] if needs_input else None,
         grads[1] if needs_weight else None,

@@ -221,7 +221,7 @@ def _mask(blocks: Tensor, layout: Layout, where: Place) -> Tensor:
     return torch.where(disconnected, 0, blocks)  # masked_fill returns contiguous blocks in either format
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _disconnected(layout: Layout, out_channels: int, in_channels: int, where: Place) -> Tensor:
     num_codes = 1 << layout.num_bits - len(layout.far)
     codes = torch.arange(num_codes) & _inside(layout, layout.near)
