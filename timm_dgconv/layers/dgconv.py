@@ -117,10 +117,23 @@ class DGConv2d(nn.Conv2d):
         if hasattr(self, "gate"):  # torch.nn.Conv2d.__init__ calls this before the gates exist
             self.reset_gate()
 
-    def reset_gate(self) -> None:
-        """Set every gate to +1e-8 or -1e-8 at random, so that the first step can flip any gate (original release)."""
+    def reset_gate(self, groups: int | None = None) -> None:
+        """Initialise the gates.
+
+        Args:
+            groups: Start with this number of contiguous groups, and gates at `PRETRAINED_GATE` from zero. By default
+                every gate is +1e-8 or -1e-8 at random, so that the first step can flip any gate (original release).
+
+        Raises:
+            ValueError: If the layer cannot have this number of groups.
+        """
+        if groups is not None and groups not in [1 << n for n in range(len(self.gate) + 1)]:
+            raise ValueError(f"groups={groups} must be a power of two and at most {1 << len(self.gate)}")
         with torch.no_grad():
-            self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
+            if groups is None:
+                self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
+            else:  # contiguous groups: the most significant bits are closed
+                self.gate.fill_(PRETRAINED_GATE)[: groups.bit_length() - 1].neg_()
 
     @property
     def closed(self) -> tuple[bool, ...]:

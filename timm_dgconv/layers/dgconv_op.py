@@ -231,8 +231,8 @@ def _backward(
         if needs_gate:
             # A gate's gradient is a sum over many channel pairs, for which half precision is too coarse.
             sum_dtype = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
-            blocks = gather_blocks(dense, layout, where, partners=True)
-            products = (blocks.to(sum_dtype) if layout.far else blocks.to(sum_dtype, copy=True)).mul_(grad_blocks)
+            blocks = gather_blocks(dense, layout, where, partners=True).to(sum_dtype)
+            products = blocks.mul_(grad_blocks) if layout.far else blocks * grad_blocks  # without groups: the weight
             grad_gate = gate_gradients(products, layout, plan.gates, where).to(gate.dtype)
         if needs_weight:
             grad_weight = weight_gradient(grad_blocks[:, 0], dense, layout, where)
@@ -279,7 +279,7 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> tuple[An
     return (
         grads[0] if needs_input else None,
         grads[1] if needs_weight else None,
-        grad_output.sum((0, 2, 3)).to(bias.dtype) if needs_bias else None,
+        grad_output.sum((0, 2, 3), dtype=bias.dtype) if needs_bias else None,
         grads[2] if needs_gate else None,
         *[None] * len(others),
     )

@@ -75,11 +75,21 @@ def choose_spans(closed: tuple[bool, ...], in_channels: int, device_type: str, d
         device_type: Type of the device, as in torch.device.
         dtype: Dtype of the convolution.
     """
-    # CPU: benchmarks/results/speed.md. CUDA: not measured. Tensor cores need wide groups, and cuDNN's weight gradients
-    # of narrow groups are slow.
-    single, half = (16, 8) if device_type == "cpu" else (64, 1024)
-    width = half if dtype in (torch.float16, torch.bfloat16) else single
-    return Spans(weight_grad=lowest(closed, ((width - 1) // (in_channels >> sum(closed))).bit_length()))
+    half = dtype in (torch.float16, torch.bfloat16)
+    num_closed = sum(closed)
+
+    def at_least(width: int) -> int:
+        """Return the span of groups with at least this number of input channels, as far as there are closed bits."""
+        return lowest(closed, ((width - 1) // (in_channels >> num_closed)).bit_length())
+
+    if device_type == "cpu":  # benchmarks/results/speed.md
+        return Spans(weight_grad=at_least(8 if half else 16))
+    if not half:  # not measured
+        return Spans(weight_grad=at_least(64))
+    # benchmarks/results/gpu.md. Weight gradients of narrow groups are slow, and so is permuting many pixels.
+    contiguous = all(closed[:num_closed])
+    outer = at_least(16 if contiguous else 2048 if in_channels <= 256 else 1)
+    return Spans(outer, outer, at_least(2048))
 
 
 def lowest(closed: tuple[bool, ...], count: int) -> int:

@@ -1,0 +1,577 @@
+"""Check and measure what needs a GPU, in stages.
+
+    python benchmarks/gpu.py                               # all stages, each below ten minutes
+    python benchmarks/gpu.py sweep networks --out results
+    python benchmarks/gpu.py --dry-run                     # the same code, tiny and on the CPU
+
+Each stage runs in its own process with a time limit, so a crash or a hang costs one stage. The folder of the results
+gets STAGE.json, written after every row, and STAGE.log, the output of the process. summary.md has the tables of all
+stages in the folder. A stage fails if one of its rows has an error. The exit status is then 1.
+
+The stage scripts needs TIMM_SCRIPTS_DIR, a checkout of a release of timm's repository.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from bench import BASELINES, Row, build, set_groups, table, versions
+from PIL import Image
+from torch import Tensor, nn
+
+from timm_dgconv import DGConv2d
+from timm_dgconv.layers import gate_cache, spans
+from timm_dgconv.layers.dgconv_op import dgconv2d
+from timm_dgconv.layers.spans import Spans, choose_spans, lowest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIMITS = {"tests": 420, "gates": 580, "sweep": 580, "networks": 580, "profile": 580, "scripts": 580}
+"""Seconds after which a stage is stopped."""
+
+GROUPS = 32
+GATE_STEPS = 40
+LAYERS = [
+    *[(256, 128, 56), (256, 256, 28), (256, 512, 14), (256, 1024, 7)],  # g_resnext50
+    *[(128, 256, 56), (128, 512, 28), (128, 1024, 14), (128, 2048, 7)],  # g_resnext101
+]
+"""Batch size, channels and side of the features of the layers in the sweep."""
+
+WIDTHS = [1 << n for n in range(12)]
+"""Widths that the static choice of spans may have. With width 1 a span has the open bits only."""
+
+NETWORKS = {"g_resnext50": 256, "g_resnext101": 128}
+"""Batch size of the G-ResNeXts."""
+
+OTHERS = {"g_resnext50": ("wide_resnet50_2", "resnext101_32x4d")}
+"""Networks to measure besides the baseline."""
+
+FORMS = {
+    "learnable, static spans": ("learnable", False, False),
+    "learnable, tuned spans": ("learnable", True, False),
+    "learnable, tuned spans, permuted": ("learnable", True, True),
+    "frozen": ("frozen", True, False),
+    "masked dense": ("masked dense", True, False),
+    "deployed": ("deployed", True, False),
+}
+"""Forms of a G-ResNeXt: the form in `bench.FORMS`, whether spans are tuned, and whether groups are permuted."""
+
+TRAIN = "train.py --epochs 2 --warmup-epochs 0 --lr 0.02 --log-interval 5 --checkpoint-hist 1 --output runs"
+VALIDATE = "validate.py --checkpoint runs/amp/last.pth.tar"
+SCRIPTS = {
+    "amp": f"{TRAIN} --experiment amp",
+    "ema": f"{TRAIN} --experiment ema --amp-dtype bfloat16 --model-ema --grad-accum-steps 2",
+    "steered": f"{TRAIN} --experiment steered --model-kwargs complexity_weight=1e-7 complexity_target=0.05",
+    "fused": f"{TRAIN} --experiment fused --opt adamw --lr 1e-3 --opt-kwargs fused=True",
+    "resumed": f"{TRAIN} --experiment resumed --epochs 3 --resume runs/amp/last.pth.tar",
+    "validate": VALIDATE,
+    "validate_reparam": f"{VALIDATE} --reparam",
+    "compiled": f"{TRAIN} --experiment compiled --torchcompile",
+    "validate_compiled": f"{VALIDATE} --torchcompile",
+}
+
+
+@dataclass
+class Stage:
+    """A stage that runs in this process, and its rows."""
+
+    name: str
+    out: Path
+    dry_run: bool
+    rows: list[Row] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the stage checks or measures."""
+        return torch.device("cpu" if self.dry_run else "cuda")
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if not self.dry_run:
+            torch.cuda.synchronize()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of all measurements."""
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def add(self, **row: Any) -> None:
+        """Print a row and write all rows. A row with the key `error` makes the stage fail."""
+        for key in row.keys() & {"error", "skipped", "scores"}:
+            row[key] = " ".join(str(row[key]).split()).replace("|", "/")[:300]  # a cell of a Markdown table
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        self.save()
+
+    def save(self, result: str = "running") -> None:
+        """Write the rows, with what they depend on."""
+        command = f"python benchmarks/gpu.py {self.name}{' --dry-run' if self.dry_run else ''}"
+        facts = {"command": command, **versions(self.device.type), "cudnn": torch.backends.cudnn.version()}
+        content = {**facts, "result": result, "seconds": round(time.monotonic() - self.start), "rows": self.rows}
+        _write(self.out / f"{self.name}.json", content)
+
+
+def _write(path: Path, content: Any) -> None:
+    """Replace a JSON file. A process that is stopped in between leaves the old file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def tests(stage: Stage) -> None:
+    """Run the tests that need a GPU."""
+    path = stage.out / "tests.xml"
+    path.unlink(missing_ok=True)
+    options = ["-m", "gpu", "-n", "0", "-o", "timeout=200", "-p", "no:cacheprovider", "--junitxml", str(path)]
+    code = subprocess.run([sys.executable, "-m", "pytest", *options, "tests"], cwd=REPOSITORY).returncode
+    cases = list(ElementTree.parse(path).iter("testcase")) if path.exists() else []
+    counts = {tag: sum(case.find(tag) is not None for case in cases) for tag in ("failure", "error", "skipped")}
+    row: Row = dict(tests=len(cases), failed=counts["failure"] + counts["error"], not_run=counts["skipped"])
+    if code and not (stage.dry_run and code == 5):  # 5: no test was selected
+        row["error"] = f"pytest returns {code}, see tests.log"
+    elif counts["skipped"] == len(cases) and not stage.dry_run:
+        row["error"] = "no test has run"
+    stage.add(**row)
+
+
+def gates(stage: Stage) -> None:
+    """Compare outputs with the masked dense form after changes of gates that leave their version as it is."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if stage.dry_run:
+        gate_cache.READ_DIRECTLY = set()
+    torch.manual_seed(0)
+    first, second = layers = [DGConv2d(16, 16, 3, padding=1, device=stage.device) for _ in range(2)]
+    gate_cache.share_reader(layers)
+    x = torch.randn(4, 16, 5, 5, device=stage.device)
+
+    def signs() -> Tensor:
+        return torch.cat([layer.gate.detach() for layer in layers]).signbit()
+
+    def is_right() -> bool:
+        """Compare the two forms. Give the parameters random gradients, with which gates flip often."""
+        y = second(first(x).relu())
+        with torch.no_grad():
+            expected = second.masked_dense(first.masked_dense(x).relu())
+        for layer in layers:
+            layer.zero_grad()
+        (y * torch.randn_like(y)).mean().backward()
+        return bool((y - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+    def edit_data() -> None:
+        for layer in layers:
+            layer.gate.data.copy_(torch.randn_like(layer.gate))
+
+    is_right()
+    changes: dict[str, Callable[[], Any]] = {".data.copy_": edit_data}
+    for name in ("SGD", "Adam", "AdamW", "Adagrad"):
+        groups: list[Any] = [{"params": [layer.gate], "lr": 0.1} for layer in layers]
+        groups += [{"params": [layer.weight], "lr": 1e-3} for layer in layers]
+        try:
+            optimizer = getattr(torch.optim, name)(groups, fused=True)
+            optimizer.step()
+            changes[f"{name}, fused"] = optimizer.step
+        except (RuntimeError, TypeError) as unsupported:
+            stage.add(change=f"{name}, fused", skipped=unsupported)
+    if stage.dry_run:
+        stage.add(change="replay of a CUDA graph", skipped="needs CUDA")
+    else:
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            for layer in layers:
+                layer.gate.neg_()
+        changes["replay of a CUDA graph"] = graph.replay
+    for name, change in changes.items():
+        with torch.no_grad():
+            for layer in layers:  # near zero, where all changes flip gates
+                layer.gate.mul_(1e-3)
+        is_right()
+        flips = wrong = 0
+        for _ in range(GATE_STEPS):
+            before = signs()
+            change()
+            flips += int((signs() != before).sum())
+            wrong += not is_right()
+        row: Row = dict(change=name, steps=GATE_STEPS, flips=flips, wrong_outputs=wrong)
+        if wrong or not flips:
+            row["error"] = "wrong outputs" if wrong else "no gate flips"
+        stage.add(**row)
+
+
+def milliseconds(stage: Stage, call: Callable[[], Any]) -> float:
+    """Return the time of a call: the mean of a block of calls, in the fastest block."""
+    for _ in range(spans.MEETINGS + 1):  # cuDNN and the tuner measure in these calls, and torch.compile compiles
+        call()
+    blocks, calls = (1, 2) if stage.dry_run else (3, 4)
+    times = []
+    for _ in range(blocks):
+        stage.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        stage.synchronize()
+        times.append(time.perf_counter() - start)
+    return round(1e3 * min(times) / calls, 4)
+
+
+def kernels(stage: Stage, call: Callable[[], Any]) -> tuple[torch.profiler.profile, Row]:
+    """Profile a call. Return the profile, and the number of kernels with the sum of their times."""
+    with torch.profiler.profile() as profiler:
+        call()
+        stage.synchronize()
+    if stage.dry_run:
+        return profiler, {"kernel_ms": None, "kernels": None}
+    events: Any = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+    microseconds = [event.time_range.elapsed_us() for event in events if not event.is_user_annotation]
+    return profiler, {"kernel_ms": round(sum(microseconds) / 1e3, 3), "kernels": len(microseconds)}
+
+
+def sweep(stage: Stage) -> None:
+    """Measure single layers over their spans, and derive the static choice of spans that suits them best."""
+    for batch, channels, side in [(2, 64, 4)] if stage.dry_run else LAYERS:
+        row: Row = dict(batch=batch, channels=channels, side=side)
+        x = torch.randn(batch, channels, side, side, device=stage.device, dtype=torch.bfloat16)
+        x = x.to(memory_format=torch.channels_last)
+        narrowest = channels // GROUPS
+        for width in sorted({narrowest, 16, 32, 64, 128, 256, channels} & set(range(narrowest, channels + 1))):
+            groups = channels // width
+            fixed = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False, device=stage.device)
+            fixed.to(memory_format=torch.channels_last)
+            _add_layer(stage, fixed, x, [fixed.weight], **row, form=f"group convolution, width {width}")
+        for permuted in (False, True):
+            torch.manual_seed(0)
+            conv = DGConv2d(channels, channels, 3, padding=1, bias=False, device=stage.device)
+            conv.to(memory_format=torch.channels_last)
+            set_groups(conv, GROUPS, permuted)
+            _sweep_spans(stage, conv, x, **row, permuted=permuted)
+    print(json.dumps(suggest(stage.rows), indent=1))
+
+
+def _sweep_spans(stage: Stage, conv: DGConv2d, x: Tensor, **row: Any) -> None:
+    """Measure a DGConv2d with every number of closed bits in its spans, and in its other forms."""
+    closed = conv.closed
+    row["closed_bits"] = sum(closed)
+
+    def call(these: Spans | None, x: Tensor) -> Tensor:  # without a transfer of the gates, as most layers of a network
+        options: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+        return dgconv2d(x, conv.weight, None, conv.gate, **options, spans=these, closed=closed)
+
+    learnable = [conv.weight, conv.gate]
+    for n in range(sum(closed) + 1):
+        these = Spans(*[lowest(closed, n)] * len(Spans._fields))
+        _add_layer(stage, partial(call, these), x, learnable, **row, form="spans", **_bits([n] * len(these)))
+    _add_layer(stage, conv.masked_dense, x, learnable, **row, form="masked dense")
+    static = choose_spans(closed, conv.in_channels, stage.device.type, x.dtype)
+    spans.TUNE = False
+    bits = _bits([span.bit_count() for span in static])
+    _add_layer(stage, partial(call, None), x, learnable, **row, form="static", **bits)
+    spans.TUNE = True
+    _add_layer(stage, partial(call, None), x, learnable, **row, form="tuned")
+    conv.gate.requires_grad_(False)
+    _add_layer(stage, partial(call, None), x, [conv.weight], **row, form="frozen, tuned")
+
+
+def _bits(counts: Sequence[int]) -> Row:
+    """Return how many closed bits the three spans have, as part of a row."""
+    return {f"{name}_bits": count for name, count in zip(Spans._fields, counts, strict=True)}
+
+
+def _add_layer(
+    stage: Stage, call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], **row: Any
+) -> None:
+    """Add a row with the milliseconds of the output, of the gradients, and of a whole backward pass."""
+    x = x.clone()
+    grad = torch.randn_like(x)
+
+    def output() -> Tensor:
+        with stage.autocast():
+            return call(x)
+
+    def gradient(*inputs: Tensor) -> float:
+        # The operator computes the gradients of all inputs that require them, also of those that nobody asks for.
+        for tensor in (x, *parameters):
+            tensor.requires_grad_(any(tensor is wanted for wanted in inputs))
+        y = output()
+        return milliseconds(stage, lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True))
+
+    spans.tuned.clear()
+    try:
+        row["output_ms"] = milliseconds(stage, torch.no_grad()(output))
+        row["input_grad_ms"] = gradient(x)
+        row["weight_grad_ms"] = gradient(*parameters)
+        row["backward_ms"] = gradient(x, *parameters)
+        row |= {f"{problem.convolution}_bits": count for problem, count in spans.tuned.items()}
+    except RuntimeError as error:
+        row["error"] = str(error)
+    stage.add(**row)
+
+
+def suggest(rows: Sequence[Row]) -> Row:
+    """Return the static choice of spans with which the measured layers are fastest.
+
+    The choice has the form of `timm_dgconv.layers.spans.choose_spans`: a width per convolution. A span takes closed
+    bits up to about this many channels per group.
+
+    Args:
+        rows: Rows of the sweep. A layer counts if all its spans were measured.
+
+    Returns:
+        For each convolution the width, and the time as a ratio to today's static choice and to the best span of every
+        layer. The key "code" has the lines for `choose_spans`. The result is empty if no layer counts.
+    """
+    found: dict[Any, dict[Any, Row]] = {}
+    for row in rows:
+        if row.get("form") in ("spans", "static") and "error" not in row:
+            layer = tuple(row[key] for key in ("channels", "closed_bits", "batch", "side", "permuted"))
+            found.setdefault(layer, {})[row["output_bits"] if row["form"] == "spans" else "static"] = row
+    layers = {layer: times for layer, times in found.items() if times.keys() == {"static", *range(layer[1] + 1)}}
+    if not layers:
+        return {}
+    result: Row = {}
+    for name in Spans._fields:
+        totals = dict.fromkeys(WIDTHS, 0.0)
+        today = best = 0.0
+        for (channels, closed_bits, *_), times in layers.items():
+            ms = [times[count][f"{name}_ms"] for count in range(closed_bits + 1)]
+            for width in WIDTHS:
+                totals[width] += ms[min(closed_bits, ((width - 1) // (channels >> closed_bits)).bit_length())]
+            today += ms[times["static"][f"{name}_bits"]]
+            best += min(ms)
+        width = min(WIDTHS, key=lambda width: totals[width])
+        result[name] = dict(
+            width=width, to_today=round(totals[width] / today, 3), to_best=round(totals[width] / best, 3)
+        )
+    widths = [f"{name}={value['width']}" for name, value in result.items()]
+    result["code"] = [
+        f"widths = Spans({', '.join(widths)})",
+        "channels = in_channels >> sum(closed)",
+        "return Spans(*[lowest(closed, ((width - 1) // channels).bit_length()) for width in widths])",
+    ]
+    return result
+
+
+def networks(stage: Stage) -> None:
+    """Measure training and inference of G-ResNeXts and of ResNets. The first network is the baseline of ratios."""
+    models = {"test_g_resnext": 2} if stage.dry_run else NETWORKS
+    for mode, (model, batch) in itertools.product(("eager", "default", "reduce-overhead"), models.items()):
+        labels = [BASELINES[model], *OTHERS.get(model, ()), *FORMS]
+        baseline: dict[str, float] = {}
+        if mode != "eager":
+            labels = [BASELINES[model], "learnable, tuned spans", "deployed"] if model == "g_resnext50" else []
+        for label, what in itertools.product(labels, ("train", "infer")):
+            if what == "train" and (label == "deployed" or mode == "reduce-overhead"):
+                continue
+            row = dict(model=model, form=label, what=what, mode=mode, batch=batch)
+            try:
+                row |= _measure_network(stage, **row)
+                row["images_per_s"] = round(1e3 * batch / row["ms"])
+                if label == BASELINES[model]:
+                    baseline[what] = row["ms"]
+                row["ratio"] = round(row["ms"] / baseline[what], 3) if what in baseline else None
+            except RuntimeError as error:
+                row["error"] = str(error)
+            stage.add(**row)
+    if stage.dry_run:
+        stage.add(mode="torch.compile", skipped="takes minutes on a CPU")
+
+
+def _measure_network(stage: Stage, **case: Any) -> Row:
+    """Return the time, the time until a call returns on an idle device, the kernels, and the peak memory."""
+    call = _network(stage, **case)
+    row: Row = {"ms": milliseconds(stage, call)}
+    peak, host = None, []
+    if not stage.dry_run:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        stage.synchronize()
+        start = time.perf_counter()
+        call()
+        host.append(time.perf_counter() - start)
+    stage.synchronize()
+    if not stage.dry_run:
+        peak = round(torch.cuda.max_memory_allocated() / 2**20)
+    return {**row, "host_ms": round(1e3 * min(host), 3), **kernels(stage, call)[1], "peak_MiB": peak}
+
+
+def _network(stage: Stage, model: str, form: str, what: str, mode: str, batch: int) -> Callable[[], None]:
+    """Return a training step or inference of a G-ResNeXt in one of the `FORMS`, or of the network with this name."""
+    kind, spans.TUNE, permuted = FORMS.get(form, ("", False, False))
+    torch.compiler.reset()
+    gc.collect()  # models before this one must not count towards the peak memory
+    torch.manual_seed(0)
+    with stage.device:
+        net: Any = build(model if kind else form, kind, GROUPS, permuted).train(what == "train")
+        x = torch.randn(batch, 3, *[32 if stage.dry_run else 224] * 2).to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
+    run = net if mode == "eager" else torch.compile(net, mode=mode)
+
+    def call() -> None:
+        with torch.inference_mode(what == "infer"), stage.autocast():
+            y = run(x)
+        if what == "train":
+            y.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return call
+
+
+def profile(stage: Stage) -> None:
+    """Write tables of torch's profiler for a G-ResNeXt and its baseline."""
+    model, batch = ("test_g_resnext", 2) if stage.dry_run else ("g_resnext50", NETWORKS["g_resnext50"])
+    for form, what in itertools.product((BASELINES[model], "learnable, tuned spans"), ("train", "infer")):
+        call = _network(stage, model, form, what, "eager", batch)
+        ms = milliseconds(stage, call)
+        profiler, row = kernels(stage, call)
+        path = stage.out / f"profile_{model if form in FORMS else form}_{what}.txt"
+        column = f"self_{'cpu' if stage.dry_run else 'device'}_time_total"
+        path.write_text(profiler.key_averages().table(column, row_limit=40, max_name_column_width=90) + "\n")
+        stage.add(form=form, what=what, ms=ms, **row, file=path.name)
+
+
+def scripts(stage: Stage) -> None:
+    """Run timm's train.py and validate.py on synthetic images."""
+    if "TIMM_SCRIPTS_DIR" not in os.environ:
+        stage.add(script="all", skipped="set TIMM_SCRIPTS_DIR to a checkout of a release of timm's repository")
+        return
+    work = stage.out / "work"
+    for (split, count), label in itertools.product((("train", 256), ("validation", 64)), range(4)):
+        folder = work / "data" / split / str(label)
+        folder.mkdir(parents=True)
+        for i in range(count // 32 if stage.dry_run else count):
+            Image.effect_noise((256, 256), 40 + 40 * label).convert("RGB").save(folder / f"{i}.jpg")
+    options = "--data-dir data --num-classes 4 --channels-last --amp"
+    if stage.dry_run:
+        options += " --amp-dtype bfloat16 --device cpu --workers 1 --batch-size 4 --model test_g_resnext --img-size 64"
+    else:
+        options += " --amp-dtype float16 --device cuda --workers 8 --batch-size 64 --model g_resnext50"
+    for name, command in SCRIPTS.items():
+        script, _, arguments = command.partition(" ")
+        row: Row = dict(script=name, command=f"{script} {options} {arguments}")
+        if stage.dry_run and "--torchcompile" in command:
+            stage.add(**row, skipped="takes minutes on a CPU")
+            continue
+        path = str(Path(os.environ["TIMM_SCRIPTS_DIR"]).resolve() / script)
+        words = [sys.executable, path, *options.split(), *arguments.split()]
+        log = stage.out / f"scripts_{name}.log"
+        start = time.monotonic()
+        with log.open("w") as file:
+            code = subprocess.run(words, cwd=work, stdout=file, stderr=file).returncode
+        row["seconds"] = round(time.monotonic() - start)
+        text = log.read_text()
+        result = text.rpartition("--result")[2]  # the scripts end with their scores
+        row["error" if code or "NaN" in result else "scores"] = result[-300:]
+        stage.add(**row)
+
+
+STAGES: dict[str, Callable[[Stage], None]] = {f.__name__: f for f in (tests, gates, sweep, networks, profile, scripts)}
+
+
+def run_here(name: str, out: Path, dry_run: bool) -> None:
+    """Run a stage in this process."""
+    # As timm's train.py. The log gets the decisions of the tuner.
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    logging.basicConfig()
+    logging.getLogger(spans.__name__).setLevel(logging.INFO)
+    stage = Stage(name, out, dry_run)
+    stage.save()
+    try:
+        STAGES[name](stage)
+    except Exception as error:
+        traceback.print_exc()
+        stage.add(error=f"{type(error).__name__}: {error}")
+    stage.save("failed" if any("error" in row for row in stage.rows) else "passed")
+
+
+def run_alone(name: str, out: Path, dry_run: bool) -> None:
+    """Run a stage in its own process, and stop it with all processes that it has started when its time is up."""
+    path, log = out / f"{name}.json", out / f"{name}.log"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, name, "--here", "--out", str(out), *["--dry-run"] * dry_run]
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry_run else {}
+    with log.open("w") as file:
+        options: Any = dict(stdout=file, stderr=file, env={**os.environ, **cpu}, start_new_session=True)
+        process = subprocess.Popen(command, **options)
+        try:
+            ending = f"ended with exit code {process.wait(LIMITS[name])}"
+        except subprocess.TimeoutExpired:
+            ending = f"stopped after {LIMITS[name]} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    content = json.loads(path.read_text()) if path.exists() else {"result": "running", "rows": []}
+    if content["result"] == "running":
+        _write(path, {**content, "result": ending})
+
+
+def summarise(out: Path) -> dict[str, str]:
+    """Write summary.md from the files of the stages in a folder. Return the results of the stages."""
+    files = {name: json.loads(path.read_text()) for name in STAGES if (path := out / f"{name}.json").exists()}
+    overview, sections = [], []
+    for name, file in files.items():
+        rows = file["rows"]
+        counts = {f"{key} rows": sum(key in row for row in rows) for key in ("error", "skipped")}
+        facts = {key: file.get(key) for key in ("seconds", "device", "torch", "timm", "cudnn")}
+        overview.append({"stage": name, "result": file["result"], "rows": len(rows), **counts, **facts})
+        sections.append(f"## {name}\n\n{_first_line(STAGES[name])}")
+        if name == "sweep" and (suggestion := suggest(rows)):
+            _write(out / "suggestion.json", suggestion)
+            code = "\n".join(suggestion.pop("code"))
+            ratios = table([{"convolution": key, **value} for key, value in suggestion.items()])
+            sections.append(f"The static choice that suits these layers best:\n\n{ratios}\n\n```python\n{code}\n```")
+        sections.append(table(rows))
+    (out / "summary.md").write_text("\n\n".join(["# Results on a GPU", table(overview), *sections]) + "\n")
+    return {name: file["result"] for name, file in files.items()}
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").partition("\n")[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    stages = "\n".join(f"  {name:9} {_first_line(stage)}" for name, stage in STAGES.items())
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=f"{__doc__}\nstages:\n{stages}", formatter_class=formatter)
+    choices = ["all", *STAGES]
+    parser.add_argument("stages", nargs="*", default="all", choices=choices, metavar="STAGE", help="stages to run")
+    parser.add_argument("--out", type=Path, default="gpu-results", metavar="FOLDER", help="folder of the results")
+    parser.add_argument("--dry-run", action="store_true", help="run everything tiny on the CPU")
+    parser.add_argument("--here", action="store_true", help="run the stages in this process, without a time limit")
+    args = parser.parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --dry-run runs everything on the CPU")
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    names = list(STAGES) if "all" in args.stages else args.stages
+    for name in names:
+        print(f"{name}: output in {out / name}.log", flush=True)
+        try:
+            (run_here if args.here else run_alone)(name, out, args.dry_run)
+        finally:
+            shutil.rmtree(out / "work", ignore_errors=True)  # images and checkpoints
+            results = summarise(out)
+        print(f"{name}: {results[name]}", flush=True)
+    print(f"summary in {out / 'summary.md'}")
+    return int(any(results[name] != "passed" for name in names))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # no stage outlives this process
+    sys.exit(main())
