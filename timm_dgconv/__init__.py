@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from timm_dgconv.models.compact import block_groups as block_groups
     from timm_dgconv.models.compact import compact as compact
     from timm_dgconv.optim.complexity import complexity as complexity
+    from timm_dgconv.optim.complexity import constrained_loss as constrained_loss
     from timm_dgconv.optim.complexity import freeze_groups as freeze_groups
     from timm_dgconv.report import group_report as group_report
 
@@ -24,6 +25,7 @@ _MODULES = {
     "block_groups": "models.compact",
     "compact": "models.compact",
     "complexity": "optim.complexity",
+    "constrained_loss": "optim.complexity",
     "freeze_groups": "optim.complexity",
     "group_report": "report",
 }

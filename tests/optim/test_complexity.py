@@ -1,13 +1,16 @@
 """The complexity of a model, and frozen groups."""
 
+import math
+
 import pytest
 import timm
 import torch
 from conftest import gates, trained
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.testing import assert_close
 
-from timm_dgconv import block_groups, complexity, freeze_groups
+from timm_dgconv import DGConv2d, block_groups, complexity, constrained_loss, freeze_groups
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -59,3 +62,32 @@ def test_frozen_from_the_start() -> None:
 def test_refuses_models_without_dgconv(function: object) -> None:
     with pytest.raises(ValueError, match="Linear has no DGConv2d"):
         function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2, 3], ids=["above", "above too", "at the target", "below"])
+def test_constrained_loss(closed: int) -> None:
+    """Equations 9 and 10 of the paper, with the target at two closed gates, against their derivatives by hand."""
+    torch.manual_seed(0)
+    conv = DGConv2d(16, 16, 3, dtype=torch.float64)
+    with torch.no_grad():
+        conv.gate.fill_(0.5)[:closed] = -0.5
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    task = conv(x).square().mean()
+    parameters = [conv.weight, conv.gate]
+    d_task = torch.autograd.grad(task, parameters, retain_graph=True)
+    loss = constrained_loss(task, conv, target=0.25, exponent=0.3)
+    got = torch.autograd.grad(loss, parameters)
+    zeta, o = 256 / 2**closed, 64
+    factor = (zeta / o) ** 0.3 if zeta > o else 1.0
+    d_zeta = 0.3 / zeta * zeta * math.log(2) if zeta > o else 0.0  # of log((zeta / o) ** 0.3), per gate
+    assert_close(loss, factor * task, rtol=1e-12, atol=0)
+    assert_close(got[0], factor * d_task[0], rtol=1e-10, atol=1e-12)
+    assert_close(got[1], factor * (d_task[1] + task * d_zeta), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"), [(dict(target=0), "target=0 must"), (dict(target=0.5, exponent=-1), "exponent=-1 must")]
+)
+def test_wrong_constraints(kwargs: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        constrained_loss(torch.ones(()), DGConv2d(4, 4, 1), **kwargs)

@@ -539,3 +539,47 @@ def test_transfers_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
         counts = dict(calls)
         assert all(not torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
         assert counts == ({"tensor": 3, "tolist": 2} if step == 0 else {"tolist": 1})
+
+
+# Bound and steps
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lookahead_momentum"])
+@pytest.mark.parametrize("target", [None, 0.2])
+def test_bound(opt: str, target: float | None) -> None:
+    model = network(1e-5 if target else 0, complexity_target=target, gate_bound=0.05)
+    optimizer = create_optimizer_v2(gates(model), opt=opt, lr=0.1, weight_decay=0.0)
+    torch.manual_seed(0)
+    patterns = set()
+    for _ in range(30):
+        for gate in gates(model):
+            gate.grad = torch.randn_like(gate)
+        optimizer.step()
+        assert all(gate.abs().max() <= 0.05 for gate in gates(model))
+        patterns.add(tuple(torch.cat(gates(model)).signbit().tolist()))
+    assert len(patterns) > 5, "the groups go on learning"
+
+
+def test_bound_leaves_frozen_gates() -> None:
+    model = network(0, gate_bound=0.05)
+    freeze_groups(model.layer1)
+    model.requires_grad_(True)
+    freeze_groups(model.layer1)
+    plain(model, torch.optim.SGD(model.parameters(), LR))
+    first, *others = gates(model)
+    assert (first.abs() == 0.5).all()
+    assert all((gate.abs() <= 0.05).all() for gate in others)
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lookahead_momentum"])
+def test_gates_stand_still_after_the_last_of_their_steps(opt: str) -> None:
+    model = network(gate_steps=3)
+    optimizer = create_optimizer_v2(model, opt=opt, lr=0.1, weight_decay=0.1)
+    moved = []
+    for _ in range(6):
+        before, weight = values(model), model.fc.weight.detach().clone()
+        optimizer.zero_grad()
+        plain(model, optimizer)
+        moved.append(any(not torch.equal(*pair) for pair in zip(values(model), before, strict=True)))
+        assert not torch.equal(model.fc.weight, weight)
+    assert moved == [True] * 3 + [False] * 3

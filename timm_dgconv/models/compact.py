@@ -22,7 +22,14 @@ from timm_dgconv import _compat
 from timm_dgconv.layers import grouping
 from timm_dgconv.layers.dgconv import DGConv2d
 
-TRAINING_ARGS = ("complexity_weight", "complexity_target", "freeze_groups")
+TRAINING_ARGS = (
+    "complexity_weight",
+    "complexity_target",
+    "gate_bound",
+    "gate_steps",
+    "init_groups",
+    "freeze_groups",
+)
 """Arguments of a model that say how it is trained. They do not belong in its config.json."""
 
 _BATCH_NORMS_WITH_ACT = (

@@ -182,6 +182,9 @@ class GResNeXt(ResNet):
         groups: Sequence[int] | None = None,
         complexity_weight: float = 0.0,
         complexity_target: float | None = None,
+        gate_bound: float | None = None,
+        gate_steps: int | None = None,
+        init_groups: int | Sequence[int] | None = None,
         freeze_groups: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -194,30 +197,41 @@ class GResNeXt(ResNet):
             groups: One fixed number of groups per block, instead of learned groups. This builds plain group
                 convolutions (the compact form, see `timm_dgconv.compact`).
             complexity_weight: Every optimizer step adds the gradient of `timm_dgconv.complexity`, times this weight, to
-                the gradient of the gates.
-            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1. See
-                `timm_dgconv.optim.steering.steer`.
+                the gradient of the gates. See `timm_dgconv.optim.steering.steer`, also for the next three.
+            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1.
+            gate_bound: Largest distance of a gate from zero.
+            gate_steps: Number of optimizer steps after which the gates stand still.
+            init_groups: Number of groups with which training starts, in all blocks or one per block: powers of two. The
+                default are gates near zero with random signs, as in the original release.
             freeze_groups: Build gates that do not learn, see `timm_dgconv.freeze_groups`.
             **kwargs: Further arguments of timm's ResNet.
 
         Raises:
-            TypeError: If timm's ResNet does not take an argument, or a weight or target is not a number.
-            ValueError: If `groups` has the wrong length or does not divide the channel counts, or if a weight or target
-                is out of range or has no gates that learn.
+            TypeError: If timm's ResNet does not take an argument, or if an argument is not a number.
+            ValueError: If `groups` or `init_groups` has the wrong length or does not fit the channel counts, or if an
+                argument is out of range or needs gates that learn.
         """
-        if complexity_target is not None and not complexity_weight:
-            raise ValueError(f"complexity_target={complexity_target} needs a complexity_weight above 0; try 1e-7")
-        if complexity_weight and (freeze_groups or groups is not None):
+        steers = dict(weight=complexity_weight, target=complexity_target, bound=gate_bound, steps=gate_steps)
+        is_steered = bool(complexity_weight) or {complexity_target, gate_bound, gate_steps} != {None}
+        if is_steered and (freeze_groups or groups is not None):
+            given = ", ".join(f"{name}={value}" for name, value in steers.items() if value is not None)
             fixed = "freeze_groups=True" if groups is None else "groups=..."
-            raise ValueError(
-                f"complexity_weight={complexity_weight} needs gates that learn, and {fixed} has none; leave one out"
-            )
+            raise ValueError(f"steering with {given} needs gates that learn, and {fixed} has none; leave one out")
+        if init_groups is not None and groups is not None:
+            raise ValueError(f"init_groups={init_groups} needs gates, and groups=... has none; leave one out")
         block = GroupableBottleneck if groups is None else _fixed_blocks(groups, sum(layers))
         super().__init__(block, layers, cardinality=cardinality, base_width=base_width, **kwargs)
         _set_stem_fuse(self)
-        share_reader(module for module in self.modules() if isinstance(module, DGConv2d))
-        if complexity_weight:
-            steering.steer(self, complexity_weight, complexity_target)
+        convs = [module for module in self.modules() if isinstance(module, DGConv2d)]
+        share_reader(convs)
+        if init_groups is not None:
+            per_block = [init_groups] * len(convs) if isinstance(init_groups, int) else list(init_groups)
+            if len(per_block) != len(convs):
+                raise ValueError(f"init_groups has {len(per_block)} numbers; use one, or one per block ({len(convs)})")
+            for conv, number in zip(convs, per_block, strict=True):
+                conv.reset_gate(number)
+        if is_steered:
+            steering.steer(self, **steers)  # type: ignore[arg-type]
         if freeze_groups and groups is None:
             complexity.freeze_groups(self)
 

@@ -9,9 +9,9 @@ from timm_dgconv.layers.dgconv import DGConv2d
 def complexity(model: nn.Module) -> Tensor:
     """Return the number of connected channel pairs, summed over the DGConv2d layers of a model.
 
-    This is the sum of the "U regularizers" that the original release returns with the logits. Add it to the loss with a
-    small weight to learn sparser groups. If the training loop cannot be changed, use ``create_model(...,
-    complexity_weight=1e-7)``.
+    This is the sum of the "U regularizers" that the original release returns with the logits, and zeta in the paper.
+    To learn sparser groups, minimise `constrained_loss`, or use ``create_model(..., complexity_target=...)`` if the
+    training loop cannot be changed.
 
     Args:
         model: A model with at least one DGConv2d.
@@ -27,6 +27,41 @@ def complexity(model: nn.Module) -> Tensor:
         True
     """
     return torch.stack([layer.complexity() for layer in dgconv_layers(model)]).sum()
+
+
+def constrained_loss(loss: Tensor, model: nn.Module, target: float, exponent: float = 0.02) -> Tensor:
+    """Return the objective of the paper, ``loss * (o / zeta) ** a`` (equation 9).
+
+    Here zeta is `complexity`, and o is the number of connections at the target. The exponent a is 0 if zeta is at most
+    o, and ``-exponent`` otherwise (equation 10). The paper also demands that zeta is at most o in the end. To hold a
+    target, use ``create_model(..., complexity_target=...)``.
+
+    Args:
+        loss: Loss of the task, a scalar above 0.
+        model: A model with at least one DGConv2d.
+        target: Density at which the loss is not changed, the share of a dense network's connections, in (0, 1].
+        exponent: How strongly the complexity counts, at least 0. The default is the value of the re-implementation at
+            https://github.com/longxianlei/G-ResNeXt_GroupNet.
+
+    Returns:
+        Scalar tensor, differentiable in the loss and the gates.
+
+    Raises:
+        ValueError: If the model has no DGConv2d, or if target or exponent is out of its range.
+
+    Examples:
+        >>> conv = DGConv2d(4, 4, 1)
+        >>> _ = conv.gate.data.fill_(1.0)
+        >>> constrained_loss(torch.tensor(2.0), conv, target=0.25).item() / 2 == 4**0.02
+        True
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"target={target} must be a share of a dense network's connections, above 0 and at most 1")
+    if not exponent >= 0:
+        raise ValueError(f"exponent={exponent} must be at least 0; it is the amount of the paper's negative exponent")
+    zeta = complexity(model)
+    budget = target * sum(layer.in_channels * layer.out_channels for layer in dgconv_layers(model))
+    return torch.where(zeta > budget, loss * (budget / zeta) ** -exponent, loss)
 
 
 def freeze_groups(model: nn.Module, frozen: bool = True) -> None:

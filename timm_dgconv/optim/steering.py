@@ -1,8 +1,12 @@
-"""The complexity regularizer in an unchanged training loop: every optimizer step adds its gradient to the gates'.
+"""Steer the groups in an unchanged training loop: every optimizer step acts on the gates, too.
 
-The original release returns the regularizer with the logits, and its training script adds it to the loss. Here global
-hooks on `torch.optim.Optimizer.step` add the gradient of ``weight * complexity``. They run after the loop has
-accumulated, averaged, unscaled and clipped the gradients. So the term is added once per step, unscaled and unclipped.
+Global hooks on `torch.optim.Optimizer.step` do two things.
+
+Before a step they add the gradient of ``weight * complexity`` to the gradients of the gates. The original release
+returns the regularizer with the logits, and its training script adds it to the loss. The loop has accumulated,
+averaged, unscaled and clipped the gradients by then. So the term is added once per step, unscaled and unclipped.
+
+After a step they take back what the gates must not do: leave their bound, exceed the target, or move at all.
 
 The hooks are registered when the first model is steered.
 """
@@ -33,79 +37,100 @@ SLACK = 0.05
 """How far a step may take a network below its target, as a part of the target."""
 
 Gates = list[list[float]]
-"""The values of the gates, per layer."""
+"""The values of the gates, per parameter."""
 
 
-class ComplexityTerm:
-    """Weight and target of the complexity. The layers of one model share one term.
+class Steering:
+    """What steers the gates. The layers of one model share one object.
 
     Args:
         weight: Factor of the gradient of the complexity, at least 0.
-        target: Largest density, in (0, 1], or None. See `steer`.
+        target: Largest density, in (0, 1], or None.
+        bound: Largest distance of a gate from zero, above 0, or None.
+        steps: Number of optimizer steps after which the gates stand still, or None.
 
     Raises:
         TypeError: If a value is not a number.
         ValueError: If a value is out of its range.
     """
 
-    def __init__(self, weight: float, target: float | None = None) -> None:
-        for name, value in (("complexity_weight", weight), ("complexity_target", target)):
+    def __init__(self, weight: float, target: float | None, bound: float | None, steps: int | None) -> None:
+        self.weight, self.target, self.bound, self.steps = weight, target, bound, steps
+        names = {"complexity_weight": weight, "complexity_target": target, "gate_bound": bound, "gate_steps": steps}
+        for name, value in names.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"{name}={value!r} must be a number")
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"complexity_weight={weight} must be at least 0 and finite; try 1e-7")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be at least 0 and finite")
+        if target is not None and not weight:
+            raise ValueError(f"complexity_target={target} needs a complexity_weight above 0; try 1e-7")
         if target is not None and not 0 < target <= 1:
             raise ValueError(
                 f"complexity_target={target} must be a share of a dense network's connections, above 0 and at most 1"
             )
-        self.weight = weight
-        self.target = target
+        if bound == 0:
+            raise ValueError("gate_bound=0 leaves the gates no room; use freeze_groups=True")
 
 
 class _Steered:
-    """Links a layer to its term, and is stored on the layer. A copied or unpickled layer is linked, too."""
+    """Links a layer to its steering, and is stored on the layer. A copied or unpickled layer is linked, too."""
 
-    def __init__(self, layer: DGConv2d, term: ComplexityTerm, index: int) -> None:
+    def __init__(self, layer: DGConv2d, steering: Steering, index: int) -> None:
         self.layer = weakref.ref(layer)
-        self.term = term
+        self.steering = steering
         self.index = index  # position of the layer in the model
         _register_hooks()
         with _lock:
             _steered.add(self)
 
     def __reduce__(self) -> Any:
-        return _Steered, (self.layer(), self.term, self.index)
+        return _Steered, (self.layer(), self.steering, self.index)
 
 
 _steered: MutableSet[_Steered] = weakref.WeakSet()
 _lock = threading.Lock()
-_before: MutableMapping[Optimizer, dict[ComplexityTerm, Tensor]] = weakref.WeakKeyDictionary()
-"""The gates before the running step of an optimizer, for terms with a target. Steps can be nested."""
-_known: MutableMapping[ComplexityTerm, Gates] = weakref.WeakKeyDictionary()
-"""The gates after the last step, for terms with a target."""
+_before: MutableMapping[Optimizer, dict[Steering, Tensor]] = weakref.WeakKeyDictionary()
+"""The gates before the running step of an optimizer. Steps can be nested."""
+_steps: MutableMapping[Optimizer, int] = weakref.WeakKeyDictionary()
+"""The number of steps that an optimizer has taken with steered gates."""
+_known: MutableMapping[Steering, Gates] = weakref.WeakKeyDictionary()
+"""The gates after the last step, for models with a target."""
 
 
-def steer(model: nn.Module, weight: float, target: float | None = None) -> None:
-    """Let every optimizer step add the gradient of ``weight * complexity(model)`` to the gradient of the gates.
+def steer(
+    model: nn.Module,
+    weight: float = 0.0,
+    target: float | None = None,
+    bound: float | None = None,
+    steps: int | None = None,
+) -> None:
+    """Let every optimizer step act on the gates of a model, or stop that if no argument is given.
 
-    `create_model(..., complexity_weight=..., complexity_target=...)` calls this. An optimizer that has none of the
-    gates is not affected. A copy of the model is steered, too.
+    `create_model` calls this with `complexity_weight`, `complexity_target`, `gate_bound` and `gate_steps`. An optimizer
+    that has none of the gates is not affected. A copy of the model is steered, too.
 
     Args:
         model: A model with at least one DGConv2d.
-        weight: Factor of the gradient, at least 0. With 0 the model is no longer steered.
-        target: Largest density, the share of a dense network's connections, in (0, 1]. While the density is above the
-            target, the term closes open gates, the gates nearest to zero first, and only as many as needed. After each
-            step, flips that raise the density above the target are reversed. Flips that lower it more than 5 % below
-            are reversed, too, unless no density in between can be reached.
+        weight: Add the gradient of ``weight * timm_dgconv.complexity(model)`` to the gradient of the gates.
+        target: Largest density, the share of a dense network's connections, in (0, 1]. It needs a weight. While the
+            density is above the target, the term closes open gates, the gates nearest to zero first, and only as many
+            as needed. Then it does nothing. After each step, flips that raise the density above the target are
+            reversed. Flips that lower it more than 5 % below are reversed, too, unless no density in between can be
+            reached.
+        bound: Keep the gates in [-bound, bound], so that they can always flip soon, as BinaryConnect does with weights
+            (https://arxiv.org/abs/1511.00363). Only the sign of a gate matters, so half the bound acts as twice the
+            learning rate of the gates does.
+        steps: Keep the gates where they are after this number of optimizer steps. One epoch has about ``images /
+            (batch size * accumulation steps * processes)`` steps. A resumed training counts from 0.
 
     Raises:
-        TypeError: If weight or target is not a number.
-        ValueError: If the model has no DGConv2d, or if weight or target is out of its range.
+        TypeError: If an argument is not a number.
+        ValueError: If the model has no DGConv2d, or if an argument is out of its range.
     """
-    term = ComplexityTerm(weight, target)
+    steering = Steering(weight, target, bound, steps)
+    acts = weight > 0 or not (target is None and bound is None and steps is None)
     for index, layer in enumerate(dgconv_layers(model)):
-        layer.steered = _Steered(layer, term, index) if weight else None  # type: ignore[assignment]
+        layer.steered = _Steered(layer, steering, index) if acts else None  # type: ignore[assignment]
 
 
 @functools.cache
@@ -116,67 +141,53 @@ def _register_hooks() -> None:
 
 
 class _Group:
-    """A term and all its layers, seen from one optimizer. Layers can share their gates.
+    """The layers of one steered model, seen from one optimizer. Layers can share their gates.
 
     Attributes:
-        gates: The gates of all layers.
-        users: Per gates the indices of the layers.
-        trainable: Per gates whether the optimizer trains them.
+        steering: What steers the model.
+        gates: The gate parameters of all layers.
+        users: Per parameter the indices of the layers.
+        trainable: Per parameter whether the optimizer trains it.
         sizes: Per layer the number of connections of a dense layer.
     """
 
-    def __init__(self, term: ComplexityTerm, layers: Sequence[DGConv2d], parameters: set[int]) -> None:
-        self.term = term
+    def __init__(self, steering: Steering, layers: Sequence[DGConv2d], parameters: set[int]) -> None:
+        self.steering = steering
         self.gates = list({id(layer.gate): layer.gate for layer in layers}.values())
-        self.users = [[n for n, layer in enumerate(layers) if layer.gate is gate] for gate in self.gates]
+        self.users = [tuple(n for n, layer in enumerate(layers) if layer.gate is gate) for gate in self.gates]
         self.trainable = [gate.requires_grad and id(gate) in parameters for gate in self.gates]
-        self.sizes = [layer.in_channels * layer.out_channels for layer in layers]
+        self.sizes = tuple(layer.in_channels * layer.out_channels for layer in layers)
+        self.num_gates = tuple(gate.numel() for gate in self.gates)
 
     @property
     def budget(self) -> float:
         """Number of connections at the target."""
-        assert self.term.target is not None
-        return self.term.target * sum(self.sizes)
+        assert self.steering.target is not None
+        return self.steering.target * sum(self.sizes)
 
     def flat(self) -> Tensor:
-        """Return a copy of all gates as one tensor, on the device of the first one.
-
-        Single precision at least: the largest float16 is below the number of connections of a layer.
-        """
+        """Return a copy of all gates as one tensor, in single precision at least."""
         gates: list[Any] = [gate.detach() for gate in self.gates]
         wholes = [gate.full_tensor() if hasattr(gate, "full_tensor") else gate for gate in gates]  # of a DTensor
         like = wholes[0].new_empty(0, dtype=torch.promote_types(wholes[0].dtype, torch.float32))
         return torch.cat([whole.to(like) for whole in wholes])
 
-    def values(self, flat: Sequence[float]) -> Gates:
-        """Split the values of all gates."""
-        ends = list(itertools.accumulate(gate.numel() for gate in self.gates))
-        return [list(flat[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    def split(self, flat: Tensor) -> Gates:
+        """Read the values of all gates, in one transfer, per tensor of `flat` and parameter."""
+        numbers = iter(flat.tolist())
+        return [list(itertools.islice(numbers, n)) for n in self.num_gates * (len(flat) // sum(self.num_gates))]
 
-    def connections(self, values: Gates) -> list[float]:
+    def connections(self, gates: Gates) -> list[float]:
         """Return the number of connections per layer with these values of the gates."""
         connections = list(map(float, self.sizes))
-        for gate, users in zip(values, self.users, strict=True):
+        for values, users in zip(gates, self.users, strict=True):
             for n in users:
-                connections[n] *= 0.5 ** sum(map(gate_cache.is_closed, gate))
+                connections[n] *= 0.5 ** sum(map(gate_cache.is_closed, values))
         return connections
 
 
-@functools.lru_cache(maxsize=64)
-def _membership(
-    num_gates: tuple[int, ...], users: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], like: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    """Return the 0/1 matrix of shape (layers, gates) of the gates that each layer has, and the sizes of the layers."""
-    matrix = torch.zeros(len(sizes), len(num_gates))
-    for column, layers in enumerate(users):
-        matrix[list(layers), column] = 1
-    device, dtype = like
-    matrix = matrix.repeat_interleave(torch.tensor(num_gates), dim=1)
-    return matrix.to(device, dtype), torch.tensor(sizes, dtype=dtype).to(device)
-
-
 def _groups(optimizer: Optimizer) -> list[_Group]:
-    """Return the terms with gates among the parameters of an optimizer.
+    """Return the steered models with gates among the parameters of an optimizer.
 
     Raises:
         RuntimeError: If this process has only a part of the gates.
@@ -190,9 +201,9 @@ def _groups(optimizer: Optimizer) -> list[_Group]:
     for member in steered:
         layer = member.layer()
         if layer is not None and getattr(layer, "steered", None) is member:
-            members[member.term].append((member.index, layer))
+            members[member.steering].append((member.index, layer))
     groups = []
-    for term, indexed in members.items():
+    for steering, indexed in members.items():
         layers = [layer for _, layer in sorted(indexed, key=lambda entry: entry[0])]
         for layer in layers:
             num_bits = grouping.num_bits(layer.in_channels, layer.out_channels)
@@ -203,12 +214,13 @@ def _groups(optimizer: Optimizer) -> list[_Group]:
                 )
         if not any(id(layer.gate) in ids for layer in layers):
             continue
-        if term.target is not None and any(hasattr(layer.gate, "full_tensor") for layer in layers):  # a DTensor
+        needs_values = (steering.target, steering.bound, steering.steps) != (None, None, None)
+        if needs_values and any(hasattr(layer.gate, "full_tensor") for layer in layers):  # a DTensor
             raise RuntimeError(
-                "complexity_target needs all gates in each process, and fully_shard has sharded them; leave the target "
-                "out, or train with DistributedDataParallel"
+                "complexity_target, gate_bound and gate_steps need all gates in each process, and fully_shard has "
+                "sharded them; use complexity_weight alone, or train with DistributedDataParallel"
             )
-        groups.append(_Group(term, layers, ids))
+        groups.append(_Group(steering, layers, ids))
     return groups
 
 
@@ -216,7 +228,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     groups = _groups(optimizer)
     if not groups:
         return None
-    _before[optimizer] = {group.term: group.flat() for group in groups if group.term.target is not None}
+    _before[optimizer] = {group.steering: group.flat() for group in groups}
 
     def add_terms() -> None:
         gates = [gate for group in groups for gate in group.gates]
@@ -244,13 +256,6 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     return (args[0], closure_with_terms, *args[2:]), kwargs
 
 
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    before = _before.pop(optimizer, {})
-    for group in _groups(optimizer) if before else ():
-        if group.term in before:
-            _enforce_target(group, before[group.term])
-
-
 def _has_term(gate: Tensor) -> bool:
     """Return whether the gradient has the term already: steps can be nested or reuse a gradient."""
     return gate.grad is not None and getattr(gate.grad, "_version_with_term", None) == _compat.version(gate.grad)
@@ -260,10 +265,11 @@ def _has_term(gate: Tensor) -> bool:
 def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[int]:
     """Add the term to the gradient of the gates that the optimizer trains.
 
-    The derivative of ``size * 2^(-closed gates)`` with respect to a gate is the value times ln(2).
+    The derivative of a layer's complexity, ``size * 2^(-number of closed gates)``, is the complexity times ln(2) for
+    each of its gates.
 
     Args:
-        group: The term and its layers.
+        group: The model.
         done: Ids of the gates whose gradients have the term already.
         grad_scale: Factor of the gradients, if a fused optimizer unscales them itself.
 
@@ -271,22 +277,24 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
         Ids of the gates whose gradients have changed.
     """
     indices = [n for n, gate in enumerate(group.gates) if group.trainable[n] and id(gate) not in done]
-    chosen = None
-    if group.term.target is not None:
-        chosen = _to_close(group, _known_values(group))
+    indices = indices if group.steering.weight else []
+    chosen: list[list[bool]] = []
+    if group.steering.target is not None:
+        if group.steering not in _known:
+            _known[group.steering] = group.split(group.flat())
+        chosen = _to_close(group, _known[group.steering])
         indices = [n for n in indices if any(chosen[n])]
     if not indices:
         return set()
     flat = group.flat()
-    num_gates = tuple(gate.numel() for gate in group.gates)
-    users = tuple(map(tuple, group.users))
-    matrix, sizes = _membership(num_gates, users, tuple(group.sizes), (flat.device, flat.dtype))
+    matrix, sizes = _membership(group.num_gates, tuple(group.users), group.sizes, flat.device, flat.dtype)
     complexities = sizes * torch.exp2(-(matrix @ grouping.closed_gates(flat).to(flat.dtype)))
-    factor = group.term.weight * math.log(2) * (1 if grad_scale is None else grad_scale.to(flat.device))
-    term = (factor * complexities) @ matrix
-    if chosen is not None:
-        term *= _mask(tuple(bit for gate in chosen for bit in gate), flat.device)
-    pieces = term.split(num_gates)
+    term = (complexities * (group.steering.weight * math.log(2))) @ matrix
+    if grad_scale is not None:
+        term *= grad_scale.to(flat.device)
+    if chosen:
+        term *= _mask(tuple(itertools.chain(*chosen)), flat.device)
+    pieces = term.split(group.num_gates)
     grads = []
     for n in indices:
         gate = group.gates[n]
@@ -297,12 +305,20 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
     return {id(group.gates[n]) for n in indices}
 
 
-def _known_values(group: _Group) -> Gates:
-    """Return the values of all gates after the last step, or now if there was none. They only choose what to push."""
-    values = _known.get(group.term)
-    if values is None or list(map(len, values)) != [gate.numel() for gate in group.gates]:
-        values = _known[group.term] = group.values(group.flat().tolist())
-    return values
+@functools.lru_cache(maxsize=64)
+def _membership(
+    num_gates: tuple[int, ...],
+    users: tuple[tuple[int, ...], ...],
+    sizes: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return the 0/1 matrix of shape (layers, gates) of the gates that each layer has, and the sizes of the layers."""
+    matrix = torch.zeros(len(sizes), len(num_gates), dtype=dtype)
+    for column, layers in enumerate(users):
+        matrix[list(layers), column] = 1
+    matrix = matrix.repeat_interleave(torch.tensor(num_gates), dim=1)
+    return matrix.to(device), torch.tensor(sizes, dtype=dtype).to(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -318,7 +334,7 @@ def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
     undershoots least.
 
     Returns:
-        Per gate whether it must close.
+        Per parameter and gate whether it must close.
     """
     connections = group.connections(gates)
     excess = sum(connections) - group.budget
@@ -347,19 +363,40 @@ def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
 
 
 @torch.no_grad()
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    before = _before.pop(optimizer, {})
+    groups = _groups(optimizer) if before else []
+    if groups:
+        _steps[optimizer] = _steps.get(optimizer, 0) + 1
+    for group in groups:
+        steering = group.steering
+        if steering not in before:
+            continue
+        trained = [gate for gate, trainable in zip(group.gates, group.trainable, strict=True) if trainable]
+        if steering.steps is not None and _steps[optimizer] > steering.steps:
+            for gate, old in zip(group.gates, before[steering].split(group.num_gates), strict=True):
+                gate.copy_(old)
+            continue
+        if steering.bound is not None:
+            for gate in trained:
+                gate.clamp_(-steering.bound, steering.bound)
+        if steering.target is not None:
+            _enforce_target(group, before[steering])
+
+
 def _enforce_target(group: _Group, before: Tensor) -> None:
     """Reverse the flips of a step that take the network above the target or more than `SLACK` below it.
 
     The flips of the gates nearest to zero are reversed first. A reversed gate keeps its distance from zero. Gates that
     must close to reach the target stay closed.
     """
-    flat = torch.cat([before, group.flat()]).tolist()  # one transfer
-    old, new = group.values(flat[: len(before)]), group.values(flat[len(before) :])
+    both = group.split(torch.cat([before, group.flat()]))  # one transfer
+    old, new = both[: len(group.gates)], both[len(group.gates) :]
     must_close = _to_close(group, old)
     flips = sorted(
         (abs(value), n, k)
-        for n in range(len(new))
-        for k, value in enumerate(new[n])
+        for n, values in enumerate(new)
+        for k, value in enumerate(values)
         if group.trainable[n] and gate_cache.is_closed(value) != gate_cache.is_closed(old[n][k])
     )
     opened = [(n, k) for _, n, k in flips if not gate_cache.is_closed(new[n][k])]
@@ -380,4 +417,4 @@ def _enforce_target(group: _Group, before: Tensor) -> None:
     while closed and total() < (1 - SLACK) * group.budget:
         reverse(*closed.pop(0))
         reverse_openings()
-    _known[group.term] = new
+    _known[group.steering] = new
