@@ -175,6 +175,7 @@ def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert found
     for script, *args in (shlex.split(command)[1:] for command in found):
         monkeypatch.setattr(sys, "argv", [script, *args, "--help"])
+        monkeypatch.syspath_prepend(str((ROOT / script).parent))
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         assert stop.value.code == 0

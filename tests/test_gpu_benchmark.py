@@ -57,6 +57,7 @@ def test_gates(results: Results) -> None:
         assert "skipped" in row or (row["flips"] > 0 and row["wrong_outputs"] == 0)
 
 
+@pytest.mark.slow
 def test_gates_that_are_read_once_fail(tmp_path: Path) -> None:
     code = """
         import sys
@@ -166,6 +167,7 @@ def test_summary(results: Results) -> None:
     assert "| .data.copy_ |" in summary
 
 
+@pytest.mark.slow
 def test_stages_that_fail(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

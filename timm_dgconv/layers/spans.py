@@ -87,9 +87,9 @@ def choose_spans(closed: tuple[bool, ...], in_channels: int, device_type: str, d
     if not half:  # not measured
         return Spans(weight_grad=at_least(64))
     # benchmarks/results/gpu.md. Weight gradients of narrow groups are slow, and so is permuting many pixels.
-    contiguous = all(closed[:num_closed])
-    outer = at_least(16 if contiguous else 2048 if in_channels <= 256 else 1)
-    return Spans(outer, outer, at_least(2048))
+    dense = at_least(2048)
+    is_permuted = not all(closed[:num_closed])
+    return Spans(dense, dense, dense) if is_permuted and in_channels <= 256 else Spans(weight_grad=dense)
 
 
 def lowest(closed: tuple[bool, ...], count: int) -> int:
