@@ -78,12 +78,18 @@ def select_channels(x: Tensor, layout: Layout, where: Place, partners: bool = Fa
     Returns:
         Tensor of shape (N, C, H, W), or (N, C * (1 + number of far bits), H, W), in the memory format of `x`.
     """
-    if not layout.num_moved and not (partners and layout.far):
-        return x
-    index = _run_index(layout, partners, inverse, where)
+    if layout.num_moved:
+        x = _select_runs(x, _run_index(layout, inverse, where), 1 << layout.run_bits)
+    if partners and layout.far:
+        x = _select_runs(x, _partner_index(layout, where), layout.groups)
+    return x
+
+
+def _select_runs(x: Tensor, index: Tensor, num_runs: int) -> Tensor:
+    """Select runs of channels."""
     channels_last = is_channels_last(x)
     dim = 3 if channels_last else 1
-    x = (x.movedim(1, 3) if channels_last else x).unflatten(dim, (1 << layout.run_bits, -1))
+    x = (x.movedim(1, 3) if channels_last else x).unflatten(dim, (num_runs, -1))
     if channels_last and x.is_cpu and x.shape[-1] > 1:  # torch is twice as fast along the first dimension
         rows = torch.arange(0, x[..., 0].numel(), x.shape[3]).unsqueeze(1) + index
         y = x.flatten(0, 3).index_select(0, rows.flatten()).view(*x.shape[:3], len(index) * x.shape[-1])
@@ -176,10 +182,14 @@ def _partners(layout: Layout) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def _run_index(layout: Layout, partners: bool, inverse: bool, where: Place) -> Tensor:
-    runs = _runs(layout)
-    index = runs[_partners(layout)].flatten() if partners else runs.flatten()
+def _run_index(layout: Layout, inverse: bool, where: Place) -> Tensor:
+    index = _runs(layout).flatten()
     return (index.argsort() if inverse else index).to(where[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def _partner_index(layout: Layout, where: Place) -> Tensor:
+    return _partners(layout).flatten().to(where[0])
 
 
 def _as_rows(weight: Tensor, layout: Layout) -> Tensor:
