@@ -166,7 +166,7 @@ SHARDED = """
             optimizers[0].step()
         except RuntimeError as error:
             assert wanted == "error", error
-            needs = "complexity_target, gate_bound and gate_steps need all gates" if kind == "fully_shard" else "needs whole gates"
+            needs = "gate_steps need all gates" if kind == "fully_shard" else "needs whole gates"
             assert needs in str(error) and "fully_shard" in str(error), error
             break
         assert wanted != "error", "no error"
