@@ -71,6 +71,11 @@ class Steering:
         if bound == 0:
             raise ValueError("gate_bound=0 leaves the gates no room; use freeze_groups=True")
 
+    @property
+    def acts_after_steps(self) -> bool:
+        """Whether a step can be taken back."""
+        return (self.target, self.bound, self.steps) != (None, None, None)
+
 
 class _Steered:
     """Links a layer to its steering, and is stored on the layer. A copied or unpickled layer is linked, too."""
@@ -128,7 +133,7 @@ def steer(
         ValueError: If the model has no DGConv2d, or if an argument is out of its range.
     """
     steering = Steering(weight, target, bound, steps)
-    acts = weight > 0 or not (target is None and bound is None and steps is None)
+    acts = weight > 0 or steering.acts_after_steps
     for index, layer in enumerate(dgconv_layers(model)):
         layer.steered = _Steered(layer, steering, index) if acts else None  # type: ignore[assignment]
 
@@ -214,8 +219,7 @@ def _groups(optimizer: Optimizer) -> list[_Group]:
                 )
         if not any(id(layer.gate) in ids for layer in layers):
             continue
-        needs_values = (steering.target, steering.bound, steering.steps) != (None, None, None)
-        if needs_values and any(hasattr(layer.gate, "full_tensor") for layer in layers):  # a DTensor
+        if steering.acts_after_steps and any(hasattr(layer.gate, "full_tensor") for layer in layers):  # a DTensor
             raise RuntimeError(
                 "complexity_target, gate_bound and gate_steps need all gates in each process, and fully_shard has "
                 "sharded them; use complexity_weight alone, or train with DistributedDataParallel"
@@ -228,7 +232,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     groups = _groups(optimizer)
     if not groups:
         return None
-    _before[optimizer] = {group.steering: group.flat() for group in groups}
+    _before[optimizer] = {group.steering: group.flat() for group in groups if group.steering.acts_after_steps}
 
     def add_terms() -> None:
         gates = [gate for group in groups for gate in group.gates]
