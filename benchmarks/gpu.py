@@ -76,7 +76,7 @@ VALIDATE = "validate.py --checkpoint runs/amp/last.pth.tar"
 SCRIPTS = {
     "amp": f"{TRAIN} --experiment amp",
     "ema": f"{TRAIN} --experiment ema --amp-dtype bfloat16 --model-ema --grad-accum-steps 2",
-    "steered": f"{TRAIN} --experiment steered --model-kwargs complexity_weight=1e-7 complexity_target=0.05",
+    "steered": f"{TRAIN} --experiment steered --model-kwargs complexity_target=0.05",
     "fused": f"{TRAIN} --experiment fused --opt adamw --lr 1e-3 --opt-kwargs fused=True",
     "resumed": f"{TRAIN} --experiment resumed --epochs 3 --resume runs/amp/last.pth.tar",
     "validate": VALIDATE,

@@ -93,7 +93,7 @@ def test_values_are_averaged(average: Average) -> None:
 @pytest.mark.parametrize("average", AVERAGES)
 def test_average_has_groups_of_its_own(average: Average) -> None:
     """All its gates are open here, above the target that both models keep."""
-    first = network(complexity_weight=1e-7, complexity_target=0.3)
+    first = network(complexity_target=0.3)
     with torch.no_grad():
         for gate in gates(first):
             gate.fill_(3.0)[::2] = -1.0
@@ -130,7 +130,7 @@ def test_equal_and_opposite_gates(average: Average, dtype: torch.dtype, size: fl
 
 def test_average_of_a_training() -> None:
     """Stochastic weight averaging until the update of the batch norms, with a copy of the average half-way."""
-    model = network(complexity_weight=1e-4)
+    model = network(complexity_weight=0.1)
     averaged = AveragedModel(model)
     signs = set()
 
@@ -159,7 +159,7 @@ def test_average_of_a_training() -> None:
 
 
 def test_averaged_weights_in_the_model() -> None:
-    model = network(complexity_weight=1e-4)
+    model = network(complexity_weight=0.1)
     average = ModelEmaV3(model, decay=0.5)
     train(model, 5, lambda step: average.update(model))
     x = torch.randn(2, 3, 32, 32)

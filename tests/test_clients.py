@@ -118,7 +118,7 @@ def test_segmentation_models(encoder: str, tmp_path: Path) -> None:
 def write_with_transformers(folder: Path) -> Weights:
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-    args = {"zero_init_last": False, "complexity_weight": 1e-3}
+    args = {"zero_init_last": False, "complexity_weight": 1.0}
     config = TimmWrapperConfig(architecture="test_g_resnext", num_labels=4, model_args=args)
     model = TimmWrapperForImageClassification(config)
     step(model, lambda: model(images(), labels=torch.arange(4)).loss)
@@ -278,7 +278,7 @@ def fit_with_lightning(folder: Path, epochs: int, weight: float, checkpoint: Pat
 
 
 @pytest.mark.client("lightning")
-@pytest.mark.parametrize("weight", [0.0, 1e-4])
+@pytest.mark.parametrize("weight", [0.0, 0.1])
 def test_lightning_goes_on_from_a_checkpoint(weight: float, tmp_path: Path) -> None:
     alone(fit_with_lightning, tmp_path, 2, weight, None)
     resumed = alone(fit_with_lightning, tmp_path / "on", 3, weight, tmp_path / "last.ckpt")
@@ -311,7 +311,7 @@ def fit_with_accelerate(folder: Path, epochs: int, weight: float, accumulate: in
 
 @pytest.mark.client("accelerate")
 def test_accelerate_accumulates_and_goes_on(tmp_path: Path) -> None:
-    fitted = alone(fit_with_accelerate, tmp_path, 3, 1e-4, 2)
+    fitted = alone(fit_with_accelerate, tmp_path, 3, 0.1, 2)
     assert_close(fitted, fit_with_torch(3, 1e-4, accumulate=2), rtol=1e-3, atol=1e-5)
 
 

@@ -148,8 +148,7 @@ def test_outputs_of_the_reloaded_model(
         (["--img-size", "-3"], "image size must be at least 1, got -3"),
         (["--model", "test_resnet"], "'test_resnet' is not a model of this package; use g_resnext50, g_resnext101, "),
         (["--device", "nonsense"], "device 'nonsense'"),
-        (["--complexity-weight", "-1"], "complexity_weight=-1.0"),
-        (["--complexity-target", "0.5"], "complexity_target=0.5 needs a complexity_weight"),
+        (["--complexity-target", "0"], "complexity_target=0.0 must be a share"),
     ],
 )
 def test_wrong_options(args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,15 +78,15 @@ def bits_of(state: Any) -> list[Any]:
     return [leaf.reshape(-1).view(torch.uint8).tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
-def ends_after_resuming(folder: Path, names: list[str], weight: float = 1e-4) -> Iterator[tuple[Any, Any]]:
+def ends_after_resuming(folder: Path, names: list[str], weight: float = 0.1) -> Iterator[tuple[Any, Any]]:
     """Yield the ends of trainings without a break, and of trainings that another process continues half-way."""
     for name in names:
         (folder / name).mkdir()
-    for start, w in ((0, 1e-4), (STEPS // 2, weight)):
+    for start, w in ((0, 0.1), (STEPS // 2, weight)):
         command = [sys.executable, "-c", dedent(TRAIN), folder, str(start), str(w), *names]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for name in names:
-        files = (folder / name / f"from{start}-{w}.pt" for start, w in ((0, 1e-4), (STEPS // 2, weight)))
+        files = (folder / name / f"from{start}-{w}.pt" for start, w in ((0, 0.1), (STEPS // 2, weight)))
         yield tuple(torch.load(file, weights_only=False) for file in files)
 
 

@@ -23,7 +23,6 @@ def _demo(args: argparse.Namespace) -> None:
         device=args.device,
         seed=args.seed,
         overwrite=args.overwrite,
-        complexity_weight=args.complexity_weight,
         complexity_target=args.complexity_target,
     )
     weights = str(output / "model.safetensors")
@@ -123,13 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
     demo.add_argument("--overwrite", action="store_true", help="replace the output of an earlier demo")
     demo.add_argument(
-        "--complexity-weight", type=float, default=0.0, metavar="W", help="weight of the complexity, such as 1e-6"
-    )
-    demo.add_argument(
         "--complexity-target",
-        type=float,
+        type=lambda text: text if text == "resnext" else float(text),
         metavar="T",
-        help="largest density, the share of a dense network's connections",
+        help="largest share of a dense network's connections, or resnext for the share that a ResNeXt has",
     )
     demo.set_defaults(run=_demo)
 

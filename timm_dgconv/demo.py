@@ -140,8 +140,7 @@ def run(
     device: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
-    complexity_weight: float = 0.0,
-    complexity_target: float | None = None,
+    complexity_target: float | str | None = None,
 ) -> dict[str, Any]:
     """Train on the digits, report accuracy and learned groups, write the model, reload it and compare the outputs.
 
@@ -153,7 +152,6 @@ def run(
         device: Torch device. The default is CUDA if it is available, otherwise the CPU.
         seed: Seed of the split, the initial weights and the order of the images.
         overwrite: Replace the output of an earlier demo.
-        complexity_weight: See `timm_dgconv.models.g_resnext.GResNeXt`.
         complexity_target: See `timm_dgconv.models.g_resnext.GResNeXt`.
 
     Returns:
@@ -180,7 +178,6 @@ def run(
         model_name,
         num_classes=10,
         pretrained_cfg_overlay={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
-        complexity_weight=complexity_weight,
         complexity_target=complexity_target,
     ).to(torch_device, memory_format=torch.channels_last)
     groups_before = _groups(model)
@@ -233,7 +230,6 @@ def run(
             "image_size": image_size,
             "device": str(torch_device),
             "seed": seed,
-            "complexity_weight": complexity_weight,
             "complexity_target": complexity_target,
             "versions": {
                 "timm-dgconv": __version__,

@@ -135,9 +135,9 @@ def test_averaged_weights_are_optional(tiny: nn.Module, other: nn.Module, tmp_pa
 
 STEM = dict(stem_type="deep", stem_width=8, avg_down=True)
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of the model, and `args.model_kwargs`
-    "in_chans=1": (dict(in_chans=1), dict(complexity_weight=1e-4, complexity_target=0.2)),
+    "in_chans=1": (dict(in_chans=1), dict(complexity_target=0.2)),
     "in_chans=4": (dict(in_chans=4, **STEM), STEM),
-    "stem": (STEM, dict(STEM, complexity_weight=1e-4)),
+    "stem": (STEM, dict(STEM, complexity_weight=0.1)),
     "gp": (dict(global_pool="avgmax"), dict(global_pool="avgmax")),
     "sort": (dict(block_args=dict(sort=True)), dict(block_args=dict(sort=True), freeze_groups=True)),
 }

@@ -219,7 +219,7 @@ def reads(as_cuda: None, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("kwargs", "per_step"),
-    [({}, 1), ({"complexity_weight": 1e-7}, 1), ({"complexity_weight": 1e-7, "complexity_target": 0.1}, 2)],
+    [({}, 1), ({"complexity_weight": 0.1}, 1), ({"complexity_target": 0.1}, 2)],
     ids=["free", "weight", "target"],
 )
 def test_transfers_per_training_step(kwargs: dict[str, Any], per_step: int, reads: list[Tensor]) -> None:

@@ -124,9 +124,9 @@ def test_options_of_a_timm_resnet(kwargs: dict[str, Any]) -> None:
         (dict(complexity_weight=-1e-7), ValueError, ["complexity_weight=-1e-07", "at least 0"]),
         (dict(complexity_weight=float("nan")), ValueError, ["nan", "at least 0 and finite"]),
         (dict(complexity_weight="much"), TypeError, ["'much'", "number"]),
-        (dict(complexity_target=0.5), ValueError, ["complexity_target=0.5", "needs a complexity_weight"]),
-        (dict(complexity_weight=1e-7, complexity_target=0.0), ValueError, ["complexity_target=0.0", "above 0"]),
-        (dict(complexity_weight=1e-7, complexity_target=1.5), ValueError, ["complexity_target=1.5", "at most 1"]),
+        (dict(complexity_weight=0, complexity_target=0.5), ValueError, ["complexity_target=0.5", "complexity_weight"]),
+        (dict(complexity_target=0.0), ValueError, ["complexity_target=0.0", "above 0"]),
+        (dict(complexity_target=1.5), ValueError, ["complexity_target=1.5", "at most 1"]),
         (dict(complexity_target="much"), TypeError, ["complexity_target='much'", "number"]),
         (dict(gate_bound=0), ValueError, ["gate_bound=0", "freeze_groups=True"]),
         (dict(gate_bound=-0.1), ValueError, ["gate_bound=-0.1", "at least 0"]),
@@ -135,11 +135,11 @@ def test_options_of_a_timm_resnet(kwargs: dict[str, Any]) -> None:
         (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups has 3 numbers", "(4)"]),
         (dict(init_groups=4, groups=[1, 1, 1, 1]), ValueError, ["init_groups=4 needs gates", "groups=..."]),
         (
-            dict(complexity_weight=1e-7, freeze_groups=True),
+            dict(complexity_weight=0.1, freeze_groups=True),
             ValueError,
             ["needs gates that learn", "freeze_groups=True"],
         ),
-        (dict(complexity_weight=1e-7, groups=[1, 1, 1, 1]), ValueError, ["needs gates that learn", "groups=..."]),
+        (dict(complexity_weight=0.1, groups=[1, 1, 1, 1]), ValueError, ["needs gates that learn", "groups=..."]),
     ],
     ids=str,
 )
@@ -160,10 +160,10 @@ def test_training_starts_with_a_number_of_groups(init_groups: int | list[int]) -
 def test_config_has_no_training_arguments(tmp_path: Path) -> None:
     from timm.models._hub import save_config_for_hf
 
-    steered = create(complexity_weight=1e-4)
+    steered = create(complexity_weight=0.1)
     save_config_for_hf(steered, tmp_path / "config.json")
     save_config_for_hf(compact(steered), tmp_path / "compact.json")
-    assert "complexity_weight" not in compact(create(complexity_weight=1e-4, features_only=True))._model_args
+    assert "complexity_weight" not in compact(create(complexity_weight=0.1, features_only=True))._model_args
     save_config_for_hf(create(freeze_groups=True), tmp_path / "frozen.json")
     for file in tmp_path.iterdir():
         assert "complexity" not in file.read_text()

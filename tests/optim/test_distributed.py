@@ -24,7 +24,7 @@ PARALLEL = """
         def __init__(self):
             super().__init__()
             self.body = timm.create_model(
-                "test_g_resnext", num_classes=3, zero_init_last=False, complexity_weight=1e-4, complexity_target=0.3
+                "test_g_resnext", num_classes=3, zero_init_last=False, complexity_target=0.3
             )
             self.early = nn.Linear(192, 3)
 
@@ -117,7 +117,7 @@ SHARDED = """
         "test_g_resnext",
         num_classes=3,
         zero_init_last=False,
-        complexity_weight=0.0 if wanted == "plain" else 1e-4,
+        complexity_weight=0.0 if wanted == "plain" else 0.1,
         complexity_target=0.1 if kind == "fully_shard" and wanted == "error" else None,
     )
     model = model.double().eval()

@@ -180,8 +180,8 @@ class GResNeXt(ResNet):
         cardinality: int = 32,
         base_width: int = 4,
         groups: Sequence[int] | None = None,
-        complexity_weight: float = 0.0,
-        complexity_target: float | None = None,
+        complexity_weight: float | None = None,
+        complexity_target: float | str | None = None,
         gate_bound: float | None = None,
         gate_steps: int | None = None,
         init_groups: int | Sequence[int] | None = None,
@@ -196,9 +196,10 @@ class GResNeXt(ResNet):
             base_width: Width of such a group in the first stage.
             groups: One fixed number of groups per block, instead of learned groups. This builds plain group
                 convolutions (the compact form, see `timm_dgconv.compact`).
-            complexity_weight: Every optimizer step adds the gradient of `timm_dgconv.complexity`, times this weight, to
-                the gradient of the gates. See `timm_dgconv.optim.steering.steer`, also for the next three.
-            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1.
+            complexity_weight: Every optimizer step adds the gradient of ``complexity_weight * log(complexity)`` to the
+                gradient of the gates. See `timm_dgconv.optim.steering.steer`, also for the next three.
+            complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1, or
+                "resnext" for the density of a ResNeXt with this cardinality. It needs no weight.
             gate_bound: Largest distance of a gate from zero.
             gate_steps: Number of optimizer steps after which the gates stand still.
             init_groups: Number of groups with which training starts, in all blocks or one per block: powers of two. The
@@ -211,6 +212,8 @@ class GResNeXt(ResNet):
             ValueError: If `groups` or `init_groups` has the wrong length or does not fit the channel counts, or if an
                 argument is out of range or needs gates that learn.
         """
+        if complexity_target == "resnext":
+            complexity_target = 1 / cardinality
         steers = dict(weight=complexity_weight, target=complexity_target, bound=gate_bound, steps=gate_steps)
         is_steered = bool(complexity_weight) or {complexity_target, gate_bound, gate_steps} != {None}
         if is_steered and (freeze_groups or groups is not None):

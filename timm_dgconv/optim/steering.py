@@ -2,9 +2,9 @@
 
 Global hooks on `torch.optim.Optimizer.step` do two things.
 
-Before a step they add the gradient of ``weight * complexity`` to the gradients of the gates. The original release
-returns the regularizer with the logits, and its training script adds it to the loss. The loop has accumulated,
-averaged, unscaled and clipped the gradients by then. So the term is added once per step, unscaled and unclipped.
+Before a step they add the gradient of ``weight * log(complexity)`` to the gradients of the gates. The loop has
+accumulated, averaged, unscaled and clipped the gradients by then. So the term is added once per step, unscaled and
+unclipped.
 
 After a step they take back what the gates must not do: leave their bound, exceed the target, or move at all.
 
@@ -33,8 +33,8 @@ from timm_dgconv.layers import gate_cache, grouping
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.optim.complexity import dgconv_layers
 
-SLACK = 0.05
-"""How far a step may take a network below its target, as a part of the target."""
+DEFAULT_WEIGHT = 0.1
+"""Weight of a model that has a target only."""
 
 Gates = list[list[float]]
 """The values of the gates, per parameter."""
@@ -44,7 +44,7 @@ class Steering:
     """What steers the gates. The layers of one model share one object.
 
     Args:
-        weight: Factor of the gradient of the complexity, at least 0.
+        weight: Factor of the gradient of the logarithm of the complexity, at least 0.
         target: Largest density, in (0, 1], or None.
         bound: Largest distance of a gate from zero, above 0, or None.
         steps: Number of optimizer steps after which the gates stand still, or None.
@@ -63,7 +63,7 @@ class Steering:
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be at least 0 and finite")
         if target is not None and not weight:
-            raise ValueError(f"complexity_target={target} needs a complexity_weight above 0; try 1e-7")
+            raise ValueError(f"complexity_target={target} needs a complexity_weight above 0; leave it out")
         if target is not None and not 0 < target <= 1:
             raise ValueError(
                 f"complexity_target={target} must be a share of a dense network's connections, above 0 and at most 1"
@@ -98,13 +98,11 @@ _before: MutableMapping[Optimizer, dict[Steering, Tensor]] = weakref.WeakKeyDict
 """The gates before the running step of an optimizer. Steps can be nested."""
 _steps: MutableMapping[Optimizer, int] = weakref.WeakKeyDictionary()
 """The number of steps that an optimizer has taken with steered gates."""
-_known: MutableMapping[Steering, Gates] = weakref.WeakKeyDictionary()
-"""The gates after the last step, for models with a target."""
 
 
 def steer(
     model: nn.Module,
-    weight: float = 0.0,
+    weight: float | None = None,
     target: float | None = None,
     bound: float | None = None,
     steps: int | None = None,
@@ -116,12 +114,11 @@ def steer(
 
     Args:
         model: A model with at least one DGConv2d.
-        weight: Add the gradient of ``weight * timm_dgconv.complexity(model)`` to the gradient of the gates.
-        target: Largest density, the share of a dense network's connections, in (0, 1]. It needs a weight. While the
-            density is above the target, the term closes open gates, the gates nearest to zero first, and only as many
-            as needed. Then it does nothing. After each step, flips that raise the density above the target are
-            reversed. Flips that lower it more than 5 % below are reversed, too, unless no density in between can be
-            reached.
+        weight: Add the gradient of ``weight * log(timm_dgconv.complexity(model))`` to the gradient of the gates. The
+            default is `DEFAULT_WEIGHT` with a target, and 0 without.
+        target: Largest density, the share of a dense network's connections, in (0, 1]. The term acts while the density
+            is above the target. From then on, after each step the open gates nearest to zero close until the density
+            is at most the target. Gates that close in a step open again if the target allows it.
         bound: Keep the gates in [-bound, bound], so that they can always flip soon, as BinaryConnect does with weights
             (https://arxiv.org/abs/1511.00363). Only the sign of a gate matters, so half the bound acts as twice the
             learning rate of the gates does.
@@ -132,6 +129,8 @@ def steer(
         TypeError: If an argument is not a number.
         ValueError: If the model has no DGConv2d, or if an argument is out of its range.
     """
+    if weight is None:
+        weight = 0.0 if target is None else DEFAULT_WEIGHT
     steering = Steering(weight, target, bound, steps)
     acts = weight > 0 or steering.acts_after_steps
     for index, layer in enumerate(dgconv_layers(model)):
@@ -281,30 +280,24 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
         Ids of the gates whose gradients have changed.
     """
     indices = [n for n, gate in enumerate(group.gates) if group.trainable[n] and id(gate) not in done]
-    indices = indices if group.steering.weight else []
-    chosen: list[list[bool]] = []
-    if group.steering.target is not None:
-        if group.steering not in _known:
-            _known[group.steering] = group.split(group.flat())
-        chosen = _to_close(group, _known[group.steering])
-        indices = [n for n in indices if any(chosen[n])]
-    if not indices:
+    if not indices or not group.steering.weight:
         return set()
     flat = group.flat()
     matrix, sizes = _membership(group.num_gates, tuple(group.users), group.sizes, flat.device, flat.dtype)
     complexities = sizes * torch.exp2(-(matrix @ grouping.closed_gates(flat).to(flat.dtype)))
-    term = (complexities * (group.steering.weight * math.log(2))) @ matrix
+    total = complexities.sum()
+    term = (complexities @ matrix) * (group.steering.weight * math.log(2) / total)
+    if group.steering.target is not None:
+        term *= total > group.budget
     if grad_scale is not None:
         term *= grad_scale.to(flat.device)
-    if chosen:
-        term *= _mask(tuple(itertools.chain(*chosen)), flat.device)
     pieces = term.split(group.num_gates)
     grads = []
     for n in indices:
         gate = group.gates[n]
         gate.grad = torch.zeros_like(gate) if gate.grad is None else gate.grad
         grads.append(gate.grad.to_local() if hasattr(gate.grad, "to_local") else gate.grad)
-    # A DTensor has some of the gates here. Without a target the gates of a layer have one gradient.
+    # A DTensor has some of the gates here. The gates of a layer have one gradient.
     _compat.foreach_add_(grads, [pieces[n][: len(g)].to(g) for n, g in zip(indices, grads, strict=True)])
     return {id(group.gates[n]) for n in indices}
 
@@ -323,47 +316,6 @@ def _membership(
         matrix[list(layers), column] = 1
     matrix = matrix.repeat_interleave(torch.tensor(num_gates), dim=1)
     return matrix.to(device), torch.tensor(sizes, dtype=dtype).to(device)
-
-
-@functools.lru_cache(maxsize=64)
-def _mask(chosen: tuple[bool, ...], device: torch.device) -> Tensor:
-    return torch.tensor(chosen).to(device, non_blocking=True)
-
-
-def _to_close(group: _Group, gates: Gates) -> list[list[bool]]:
-    """Choose the gates that must close to reach the target: the open gates nearest to zero.
-
-    Choose no more gates than needed, since the momentum of an optimizer would close all of them. If every remaining
-    gate would take the network below the target, and the network is more than `SLACK` above, also choose the gate that
-    undershoots least.
-
-    Returns:
-        Per parameter and gate whether it must close.
-    """
-    connections = group.connections(gates)
-    excess = sum(connections) - group.budget
-    chosen = [[False] * len(values) for values in gates]
-    candidates = [
-        (value, n, k)
-        for n, values in enumerate(gates)
-        for k, value in enumerate(values)
-        if excess > 0 and group.trainable[n] and not gate_cache.is_closed(value)
-    ]
-
-    def saved(n: int) -> float:
-        return sum(connections[layer] for layer in group.users[n]) / 2
-
-    for _, n, k in sorted(candidates):
-        if saved(n) <= excess:
-            excess -= saved(n)
-            chosen[n][k] = True
-            for layer in group.users[n]:
-                connections[layer] /= 2
-    rest = [(saved(n), value, n, k) for value, n, k in candidates if not chosen[n][k]]
-    if rest and excess > SLACK * group.budget:
-        *_, n, k = min(rest)
-        chosen[n][k] = True
-    return chosen
 
 
 @torch.no_grad()
@@ -385,40 +337,37 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             for gate in trained:
                 gate.clamp_(-steering.bound, steering.bound)
         if steering.target is not None:
-            _enforce_target(group, before[steering])
+            _hold_target(group, before[steering])
 
 
-def _enforce_target(group: _Group, before: Tensor) -> None:
-    """Reverse the flips of a step that take the network above the target or more than `SLACK` below it.
+def _hold_target(group: _Group, before: Tensor) -> None:
+    """Close gates until the network is within its target, and open gates that need not have closed.
 
-    The flips of the gates nearest to zero are reversed first. A reversed gate keeps its distance from zero. Gates that
-    must close to reach the target stay closed.
+    Open gates compete for the target by their distance from zero, as the scores of movement pruning do
+    (https://arxiv.org/abs/2005.07683). A gate that is turned keeps its distance from zero.
+
+    Args:
+        group: The model after a step of the optimizer.
+        before: All gates before the step.
     """
     both = group.split(torch.cat([before, group.flat()]))  # one transfer
     old, new = both[: len(group.gates)], both[len(group.gates) :]
-    must_close = _to_close(group, old)
-    flips = sorted(
-        (abs(value), n, k)
-        for n, values in enumerate(new)
-        for k, value in enumerate(values)
-        if group.trainable[n] and gate_cache.is_closed(value) != gate_cache.is_closed(old[n][k])
-    )
-    opened = [(n, k) for _, n, k in flips if not gate_cache.is_closed(new[n][k])]
-    closed = [(n, k) for _, n, k in flips if gate_cache.is_closed(new[n][k]) and not must_close[n][k]]
+    positions = [(n, k) for n, values in enumerate(new) for k in range(len(values)) if group.trainable[n]]
+    positions.sort(key=lambda position: abs(new[position[0]][position[1]]))
+    allowed = max(group.budget, sum(group.connections(old)))  # above the target the term closes gates
 
-    def total() -> float:
+    def turn(n: int, k: int) -> float:
+        new[n][k] = -new[n][k]
         return sum(group.connections(new))
 
-    def reverse(n: int, k: int) -> None:
-        new[n][k] = -new[n][k]
-        group.gates[n][k] = new[n][k]
-
-    def reverse_openings() -> None:
-        while opened and total() > group.budget:
-            reverse(*opened.pop(0))
-
-    reverse_openings()
-    while closed and total() < (1 - SLACK) * group.budget:
-        reverse(*closed.pop(0))
-        reverse_openings()
-    _known[group.steering] = new
+    stepped = [list(values) for values in new]
+    total = sum(group.connections(new))
+    for n, k in positions:
+        if total > allowed and not gate_cache.is_closed(new[n][k]):
+            total = turn(n, k)
+    for n, k in positions:
+        if gate_cache.is_closed(new[n][k]) and not gate_cache.is_closed(old[n][k]) and turn(n, k) > group.budget:
+            turn(n, k)
+    for n, k in positions:
+        if gate_cache.is_closed(new[n][k]) != gate_cache.is_closed(stepped[n][k]):
+            group.gates[n][k] = new[n][k]
