@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from timm_dgconv.layers.dgconv import DGConv2d as DGConv2d
     from timm_dgconv.models.compact import block_groups as block_groups
     from timm_dgconv.models.compact import compact as compact
+    from timm_dgconv.models.groupable import groupable as groupable
     from timm_dgconv.optim.complexity import complexity as complexity
     from timm_dgconv.optim.complexity import constrained_loss as constrained_loss
     from timm_dgconv.optim.complexity import freeze_groups as freeze_groups
@@ -28,6 +29,7 @@ _MODULES = {
     "constrained_loss": "optim.complexity",
     "freeze_groups": "optim.complexity",
     "group_report": "report",
+    "groupable": "models.groupable",
 }
 
 __all__ = sorted(_MODULES)
