@@ -157,6 +157,17 @@ def test_training_starts_with_a_number_of_groups(init_groups: int | list[int]) -
     assert block_groups(create(init_groups=4, freeze_groups=True)) == [4] * 4
 
 
+def test_the_density_of_a_resnext_is_a_target() -> None:
+    model = create(complexity_target="resnext", cardinality=8, init_groups=1)
+    optimizer = torch.optim.SGD(gates(model), 1.0)
+    for _ in range(20):
+        optimizer.step()
+    groups = block_groups(model)
+    sizes = [block.conv2.in_channels**2 for block in model.modules() if isinstance(block, Bottleneck)]
+    density = sum(size / number for size, number in zip(sizes, groups, strict=True)) / sum(sizes)
+    assert 0.1 < density <= 1 / 8
+
+
 def test_config_has_no_training_arguments(tmp_path: Path) -> None:
     from timm.models._hub import save_config_for_hf
 

@@ -446,6 +446,17 @@ def test_a_network_below_the_target_goes_no_further() -> None:
         assert_close(gate.abs(), torch.linspace(-0.3, 0.3, len(gate)).sub(1).abs())
 
 
+def test_gates_compete_for_the_target() -> None:
+    """A gate that opens takes the place of the open gate nearest to zero, or is refused if it is the nearest itself."""
+    for step, expected in ((0.005, [0.01, -0.005, 0.02, 0.03]), (0.015, [-0.01, 0.015, 0.02, 0.03])):
+        conv = DGConv2d(16, 16, 1)
+        steer(conv, target=0.5)
+        conv.gate.data.copy_(torch.tensor([0.01, -1e-9, 0.02, 0.03]))
+        conv.gate.grad = torch.tensor([0.0, -step, 0.0, 0.0])
+        torch.optim.SGD([conv.gate], 1.0).step()
+        assert_close(conv.gate.detach(), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_target_is_held_by_lookahead(seed: int) -> None:
     """Its step averages the gates with older gates, after the step of another optimizer."""
