@@ -181,13 +181,13 @@ class _Group:
         numbers = iter(flat.tolist())
         return [list(itertools.islice(numbers, n)) for n in self.num_gates * (len(flat) // sum(self.num_gates))]
 
-    def connections(self, gates: Gates) -> list[float]:
-        """Return the number of connections per layer with these values of the gates."""
+    def connections(self, gates: Gates) -> float:
+        """Return the number of connections of the model with these values of the gates."""
         connections = list(map(float, self.sizes))
         for values, users in zip(gates, self.users, strict=True):
             for n in users:
                 connections[n] *= 0.5 ** sum(map(gate_cache.is_closed, values))
-        return connections
+        return sum(connections)
 
 
 def _groups(optimizer: Optimizer) -> list[_Group]:
@@ -354,14 +354,14 @@ def _hold_target(group: _Group, before: Tensor) -> None:
     old, new = both[: len(group.gates)], both[len(group.gates) :]
     positions = [(n, k) for n, values in enumerate(new) for k in range(len(values)) if group.trainable[n]]
     positions.sort(key=lambda position: abs(new[position[0]][position[1]]))
-    allowed = max(group.budget, sum(group.connections(old)))  # above the target the term closes gates
+    allowed = max(group.budget, group.connections(old))  # above the target the term closes gates
 
     def turn(n: int, k: int) -> float:
         new[n][k] = -new[n][k]
-        return sum(group.connections(new))
+        return group.connections(new)
 
     stepped = [list(values) for values in new]
-    total = sum(group.connections(new))
+    total = group.connections(new)
     for n, k in positions:
         if total > allowed and not gate_cache.is_closed(new[n][k]):
             total = turn(n, k)
