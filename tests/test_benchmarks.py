@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -180,13 +181,36 @@ def test_errors_before_anything_is_measured(
     assert named in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_other_scripts(bench: Any) -> None:
-    """The other scripts read the networks that they train."""
-    complexity, gate_margin = (importlib.import_module(name) for name in ("complexity", "gate_margin"))
-    resnext = timm.create_model("resnext50_32x4d", **complexity.NET)
-    model = timm.create_model("g_resnext50", **complexity.NET)
-    assert complexity.density_and_groups(resnext) == (1 / 32, [32] * 4)
-    assert gate_margin.signs(model).shape == (6 + 7 + 8 + 9,)
-    model.load_state_dict(resnext.state_dict())
-    assert complexity.density_and_groups(model) == (1 / 32, [32] * 4)
-    assert gate_margin.signs(model).sum() == 5 * 4
+def test_gate_margin_and_weight(bench: Any) -> None:
+    """The scripts read the networks that they train."""
+    gate_margin, weight = (importlib.import_module(name) for name in ("gate_margin", "weight"))
+    model = timm.create_model("g_resnext50", init_groups=32, **weight.NET)
+    assert gate_margin.signs(model).sum() == 16 * 5
+    assert weight.density(model) == 1 / 32
+    row = {"training": "x", "weight": 0.1, "target": "resnext", "steps_per_epoch": 2, "top1": [90, 92]}
+    table = weight.table([{**row, "densities": [1, 0.5, 0.04, 0.03, 0.03]}])
+    assert "| x | 0.1 | 1.50 | 4.00, 3.00 | 90.0, 92.0 |" in table
+
+
+def test_study(bench: Any, tmp_path: Path) -> None:
+    """The networks that are compared have the same density, and a finished run is not repeated."""
+    study = importlib.import_module("study")
+    run = study.Run("scratch", "fixed", 1 / 8, 0)
+    shares = {n: study.snapshot(study.build(run._replace(variant=n), {}, 1))["density"] for n in study.COMPARED}
+    assert shares["fixed"] == 1 / 8 < shares["held"]
+    assert shares["random"] == pytest.approx(1 / 8, rel=0.02)
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind, shape in (("images-idx3", (128, 28, 28)), ("labels-idx1", (128,))):
+            header = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
+            values = torch.randint(0, 10, shape, dtype=torch.uint8)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
+    command = [sys.executable, str(BENCHMARKS / "study.py"), f"--data-dir={tmp_path}", f"--output={tmp_path}", "--quick"]
+    command += ["--images=128", "--epochs=2", "--seeds=0", "--workers=1", "--variants", "dense", "paper"]
+    for _ in range(2):
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert "| scratch | 1/8 | paper | 1 |" in printed
+    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert [(row["variant"], len(row["history"])) for row in rows] == [("dense", 3), ("paper", 3)]
+    assert (tmp_path / "study.png").exists()
