@@ -38,7 +38,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, random_seed
 from torch import nn
 
-from timm_dgconv import block_groups, compact, constrained_loss, demo, group_report
+from timm_dgconv import compact, constrained_loss, demo, group_report, layer_groups
 from timm_dgconv.layers.dgconv import PRETRAINED_GATE, DGConv2d
 
 NET: dict[str, Any] = dict(
@@ -237,7 +237,7 @@ def gate_pattern(model: nn.Module) -> torch.Tensor:
 def snapshot(model: nn.Module, **values: Any) -> bench.Row:
     """Return density, groups and multiply-adds, beside other values."""
     report = group_report(model)
-    return {"density": report.density, "groups": block_groups(model), "macs": report.learned.macs, **values}
+    return {"density": report.density, "groups": layer_groups(model), "macs": report.learned.macs, **values}
 
 
 def select(rows: list[bench.Row], start: str, variant: str, target: float) -> list[list[bench.Row]]:

@@ -32,7 +32,7 @@ MODELS_WORK = """
 import timm
 missing = {"g_resnext50", "g_resnext101", "test_g_resnext"} - set(timm.list_models())
 assert not missing, missing
-assert type(timm.create_model("test_g_resnext")).__module__ == "timm_dgconv.models.g_resnext"
+assert type(timm.create_model("test_g_resnext")).__module__ == "timm_dgconv.models.g_resnet"
 """
 
 LOADER_IS_THE_ORDINARY_ONE = """
@@ -152,11 +152,11 @@ def test_wheel_holds_the_package_and_its_entry_points(wheel: Path) -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import timm, torch, timm_dgconv, timm_dgconv.models.g_resnext",
+        "import timm, torch, timm_dgconv, timm_dgconv.models.g_resnet",
         "import timm_dgconv, timm",
         "from timm.models import create_model",
         "from timm_dgconv import DGConv2d",
-        "from timm_dgconv.models.g_resnext import g_resnext50",
+        "from timm_dgconv.models.g_resnet import g_resnext50",
     ],
 )
 def test_any_order(imports: str) -> None:
@@ -207,7 +207,7 @@ def test_spawned_process(tmp_path: Path) -> None:
 
             if __name__ == "__main__":
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    assert pool.apply(name_of_class, ["test_g_resnext"]) == "GResNeXt"
+                    assert pool.apply(name_of_class, ["test_g_resnext"]) == "GResNet"
                 assert "timm" not in sys.modules
             """
         )
@@ -240,8 +240,8 @@ def test_ranks_of_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "error", "imports", "env"),
     [
-        ("models/g_resnext", "raise ImportError('broken')", "ImportError: broken", "torch, timm", NO_VARIABLES),
-        ("models/g_resnext", "1 +", "SyntaxError: ", "timm, timm_dgconv", NO_VARIABLES),
+        ("models/g_resnet", "raise ImportError('broken')", "ImportError: broken", "torch, timm", NO_VARIABLES),
+        ("models/g_resnet", "1 +", "SyntaxError: ", "timm, timm_dgconv", NO_VARIABLES),
         ("layers/dgconv", "raise RuntimeError('broken')", "RuntimeError: broken", "timm, timm_dgconv", NO_AUTOLOAD),
     ],
     ids=["ImportError", "SyntaxError", "RuntimeError"],

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, block_groups, compact, group_report
+from timm_dgconv import DGConv2d, compact, group_report, layer_groups
 
 Average = Callable[[list[nn.Module]], nn.Module]
 
@@ -100,7 +100,7 @@ def test_average_has_groups_of_its_own(average: Average) -> None:
     second = other(first, lambda gate: 2 - gate)
     averaged = average([first, second])
     assert max(group_report(model).density for model in (first, second)) < 0.3
-    assert block_groups(first) != block_groups(averaged) != block_groups(second)
+    assert layer_groups(first) != layer_groups(averaged) != layer_groups(second)
     assert group_report(averaged).density == 1
 
 

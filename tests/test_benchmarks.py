@@ -206,7 +206,13 @@ def test_study(bench: Any, tmp_path: Path) -> None:
             header = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
             values = torch.randint(0, 10, shape, dtype=torch.uint8)
             (folder / f"{part}-{kind}-ubyte").write_bytes(header + values.numpy().tobytes())
-    command = [sys.executable, str(BENCHMARKS / "study.py"), f"--data-dir={tmp_path}", f"--output={tmp_path}", "--quick"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "study.py"),
+        f"--data-dir={tmp_path}",
+        f"--output={tmp_path}",
+        "--quick",
+    ]
     command += ["--images=128", "--epochs=2", "--seeds=0", "--workers=1", "--variants", "dense", "paper"]
     for _ in range(2):
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

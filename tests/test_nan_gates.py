@@ -11,7 +11,7 @@ import torch
 from conftest import gates, trained
 from torch import Tensor, nn
 
-from timm_dgconv import DGConv2d, block_groups, compact, group_report
+from timm_dgconv import DGConv2d, compact, group_report, layer_groups
 from timm_dgconv.layers import grouping
 
 HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
@@ -116,7 +116,7 @@ def test_models_with_nan_gates_load_and_are_not_converted() -> None:
     state_dict["layer3.0.conv2.gate"][2] = math.nan
     model = timm.create_model("test_g_resnext")
     model.load_state_dict(state_dict)
-    for form in (compact, block_groups, timm.utils.reparameterize_model, group_report):
+    for form in (compact, layer_groups, timm.utils.reparameterize_model, group_report):
         with nan_gates_raise:
             form(model)
     with nan_gates_raise:

@@ -54,7 +54,7 @@ def test_counts_are_those_of_torch(name: str, size: tuple[int, int, int] | None,
         assert size is None or report.input_size == size
         compact = timm_dgconv.compact(model)
         assert report.learned == counted(compact, report.input_size)
-        assert [layer.groups for layer in report.layers] == timm_dgconv.block_groups(model)
+        assert [layer.groups for layer in report.layers] == timm_dgconv.layer_groups(model)
         assert report.complexity == timm_dgconv.complexity(model).item()
 
         dense = without_weights(name, p=1, **kwargs)

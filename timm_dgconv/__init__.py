@@ -11,8 +11,8 @@ from timm_dgconv._autoload import install
 
 if TYPE_CHECKING:
     from timm_dgconv.layers.dgconv import DGConv2d as DGConv2d
-    from timm_dgconv.models.compact import block_groups as block_groups
     from timm_dgconv.models.compact import compact as compact
+    from timm_dgconv.models.compact import layer_groups as layer_groups
     from timm_dgconv.models.groupable import groupable as groupable
     from timm_dgconv.optim.complexity import complexity as complexity
     from timm_dgconv.optim.complexity import constrained_loss as constrained_loss
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "DGConv2d": "layers.dgconv",
-    "block_groups": "models.compact",
+    "layer_groups": "models.compact",
     "compact": "models.compact",
     "complexity": "optim.complexity",
     "constrained_loss": "optim.complexity",

@@ -152,7 +152,7 @@ def run(
         device: Torch device. The default is CUDA if it is available, otherwise the CPU.
         seed: Seed of the split, the initial weights and the order of the images.
         overwrite: Replace the output of an earlier demo.
-        complexity_target: See `timm_dgconv.models.g_resnext.GResNeXt`.
+        complexity_target: See `timm_dgconv.models.group_net.GroupNet`.
 
     Returns:
         The contents of `summary.json`.
@@ -165,7 +165,7 @@ def run(
     for option, number in {"epochs": epochs, "image size": image_size}.items():
         if number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
-    ours = timm.list_models(module="g_resnext")
+    ours = timm.list_models(module="g_resnet")
     if model_name not in ours:
         raise ValueError(f"{model_name!r} is not a model of this package; use {', '.join(ours)}")
     try:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from timm_dgconv import _compat
 from timm_dgconv.layers import grouping
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.compact import groupable_blocks
+from timm_dgconv.layers.group_conv import GroupConv2d
 
 
 @dataclass(frozen=True)
@@ -335,12 +336,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
     """Return the convolutions that learn or have learned groups, and the cardinality of each block, by name."""
     cardinalities = {
-        f"{name}.conv2".removeprefix("."): block.cardinality for name, block in groupable_blocks(model).items()
+        f"{name}.conv2".removeprefix("."): block.cardinality
+        for name, block in model.named_modules()
+        if isinstance(block, Bottleneck) and getattr(block, "cardinality", 1) > 1
     }
     convs = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, DGConv2d) or (isinstance(module, nn.Conv2d) and name in cardinalities)
+        if isinstance(module, DGConv2d | GroupConv2d) or (isinstance(module, nn.Conv2d) and name in cardinalities)
     }
     return convs, {name: cardinality for name, cardinality in cardinalities.items() if name in convs}
 

@@ -20,7 +20,7 @@ from conftest import trained
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, block_groups, group_report
+from timm_dgconv import DGConv2d, group_report, layer_groups
 from timm_dgconv.cli import main
 from timm_dgconv.hub import convert
 from timm_dgconv.hub.model import BASELINE
@@ -118,7 +118,7 @@ def test_forms_of_checkpoints(
         assert torch.equal(outputs(model), outputs(tiny))
     config = json.loads((out / "config.json").read_text())
     assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 11
-    assert config.get("model_args", {}).get("groups") == (block_groups(tiny) if compact else None)
+    assert config.get("model_args", {}).get("groups") == (layer_groups(tiny) if compact else None)
     with safetensors.safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -253,7 +253,7 @@ with torch.inference_mode():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--model", "resnet50.a1_in1k"], "unknown model 'resnet50.a1_in1k'; use g_resnext50.TAG"),
+        (["--model", "resnet50.a1_in1k"], "unknown model 'resnet50.a1_in1k'; use g_resnet18.TAG"),
         (["--model", "g_resnext50"], "unknown model 'g_resnext50'"),
         (["--model", "g_resnext50.a/b"], "unknown model 'g_resnext50.a/b'"),
         (["--out", "HERE"], "exists; use a new folder for --out"),

@@ -137,7 +137,7 @@ def test_damaged_config(model: nn.Module, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["RUN", "--model", "g_resnext5"], "unknown model 'g_resnext5'; use g_resnext50, g_resnext101"),
+        (["RUN", "--model", "g_resnext5"], "unknown model 'g_resnext5'; use g_resnet18, g_resnet34"),
         (["RUN", "--model", "resnext50_32x4d.dgconv_in1k"], "unknown model 'resnext50_32x4d.dgconv_in1k'"),
         (["RUN", "--model", TINY, "--img-size", "0"], "image size must be at least 1, got 0"),
         (["RUN", "--model", "g_resnext50"], "is a checkpoint of another network than g_resnext50: size mismatch"),

@@ -161,6 +161,20 @@ def test_dtypes(device: str, dtype: torch.dtype, memory_format: torch.memory_for
         assert_close(value.double().cpu(), wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("gate", [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1), (-1, -1, -1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_output_can_be_changed_in_place(gate: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    conv = DGConv2d(8, 8, 3)
+    with torch.no_grad():
+        conv.gate.copy_(torch.tensor(gate))
+    x = torch.randn(2, 8, 5, 5).to(memory_format=memory_format)
+    grads = []
+    for inplace in (False, True):
+        y = nn.ReLU(inplace)(conv(x))
+        grads.append(torch.autograd.grad(y.square().sum(), list(conv.parameters())))
+    assert_close(grads[1], grads[0])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(device: str, dtype: torch.dtype) -> None:

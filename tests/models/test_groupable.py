@@ -187,13 +187,6 @@ def test_bad_input(model: Any, where: Any, error: type[Exception], words: str) -
         assert [type(module) for module in network.modules()] == before
 
 
-def test_a_compact_model_learns_again() -> None:
-    """Its convolutions are plain group convolutions."""
-    model = create("test_g_resnext")
-    for conv in converted(model).values():
-        conv.reset_gate(4)
-    small, x = compact(model), torch.randn(1, 3, 32, 32)
-    expected = small(x)
-    groupable(small)
-    assert [conv.num_groups for conv in converted(small).values()] == [4] * 4
-    assert_close(small(x), expected)
+def test_a_compact_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"GResNet is compact; use groupable before timm_dgconv\.compact"):
+        groupable(compact(create("test_g_resnext")))

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, block_groups, complexity, constrained_loss, freeze_groups
+from timm_dgconv import DGConv2d, complexity, constrained_loss, freeze_groups, layer_groups
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -25,7 +25,7 @@ def test_complexity_in_a_loss_closes_gates() -> None:
         optimizer.zero_grad()
         (loss_of(model) + complexity(model)).backward()
         optimizer.step()
-    assert block_groups(model) == [2 ** len(gate) for gate in gates(model)]
+    assert layer_groups(model) == [2 ** len(gate) for gate in gates(model)]
     assert complexity(model) == sum(
         conv.in_channels * conv.out_channels / 2 ** len(conv.gate)
         for conv in (stage[0].conv2 for stage in (model.layer1, model.layer2, model.layer3, model.layer4))

@@ -107,7 +107,7 @@ SHARDED = """
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from timm_dgconv import DGConv2d, block_groups
+    from timm_dgconv import DGConv2d, layer_groups
     from timm_dgconv.layers import gate_cache
 
     kind, wanted = args
@@ -140,13 +140,13 @@ SHARDED = """
         gathered = FullyShardedDataParallel.summon_full_params
     if kind in ("default", "flat"):
         try:
-            block_groups(sharded)
+            layer_groups(sharded)
         except RuntimeError as error:
             assert "summon_full_params" in str(error) and "fully_shard" in str(error)
         else:
             raise AssertionError("the gates are in another process")
     with gathered(sharded):
-        assert block_groups(sharded) == block_groups(alone)
+        assert layer_groups(sharded) == layer_groups(alone)
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (sharded, alone)]
     flipped = 0
     for step in range(50):

@@ -10,13 +10,13 @@ from torch import nn
 from timm_dgconv import _compat
 from timm_dgconv.hub.model import BASELINE, RESNEXT_PAPER
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.compact import block_groups
+from timm_dgconv.models.compact import layer_groups
 from timm_dgconv.report import trace
 
 
 def fixed_groups(model: nn.Module) -> list[int]:
     """Return the groups of the blocks of a compact G-ResNeXt, and an empty list for other models."""
-    return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else block_groups(model)
+    return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else layer_groups(model)
 
 
 class _Stats(NamedTuple):

@@ -40,7 +40,7 @@ def inspect(
         RuntimeError: If the Hub does not return a source.
     """
     architecture = model_name.partition(".")[0]
-    ours = timm.list_models(module="g_resnext")
+    ours = timm.list_models(module="g_resnet")
     if architecture not in ours:
         raise ValueError(f"unknown model {model_name!r}; use {', '.join(ours)}, with or without a tag")
     if image_size is not None and image_size < 1:

@@ -14,7 +14,7 @@ from torch import nn
 from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_info
 from timm_dgconv.hub.errors import one_line
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.compact import TRAINING_ARGS, group_conv_like, groupable_blocks
+from timm_dgconv.models.group_net import TRAINING_ARGS
 
 BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
@@ -29,7 +29,7 @@ def resolve(model_name: str) -> tuple[str, Any]:
         ValueError: If the name is not an architecture of this package with a tag, nor `BASELINE`.
     """
     architecture, _, tag = model_name.partition(".")
-    ours = timm.list_models(module="g_resnext")
+    ours = timm.list_models(module="g_resnet")
     if model_name == BASELINE:
         cfg = dataclasses.replace(
             timm.get_pretrained_cfg("g_resnext50.dgconv_in1k"),
@@ -120,10 +120,9 @@ class Checkpoint:
             ValueError: If the weights belong to another network.
         """
         model = self.load()
-        for name, block in groupable_blocks(model).items():
-            if isinstance(block.conv2, DGConv2d) and f"{name}.conv2.gate" not in self.state_dict:
-                weight = self.state_dict[f"{name}.conv2.weight"]
-                block.conv2 = group_conv_like(block.conv2, block.conv2.in_channels // weight.shape[1])
+        for name, conv in list(model.named_modules()):
+            if isinstance(conv, DGConv2d) and f"{name}.gate" not in self.state_dict:
+                model.set_submodule(name, conv.to_group_conv())
         return model
 
     def _create(self) -> nn.Module:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.common_types import _size_2_t
 
 from timm_dgconv.layers import dgconv_op, gate_cache, grouping
+from timm_dgconv.layers.group_conv import GroupConv2d, group_conv_like
 from timm_dgconv.layers.grouping import connectivity
 
 # A leaf of torch.fx: otherwise the graph would contain the construction of the connectivity.
@@ -166,6 +167,41 @@ class DGConv2d(nn.Conv2d):
         """Return the number of connected channel pairs; see `timm_dgconv.layers.grouping.complexity`."""
         return grouping.complexity(self.gate, self.out_channels, self.in_channels)
 
+    @torch.no_grad()
+    def to_group_conv(self, groups: int | None = None) -> GroupConv2d:
+        """Return a group convolution with the connected part of the weight.
+
+        Args:
+            groups: Number of contiguous groups. The default are the groups of this layer, so the result computes the
+                same.
+
+        Raises:
+            ValueError: If `groups` does not divide the channel counts.
+            RuntimeError: As `closed`.
+        """
+        if groups is None:
+            groups = self.num_groups
+            in_order, out_order = (
+                grouping.channel_order(self.gate, channels, self.sort)
+                for channels in (self.in_channels, self.out_channels)
+            )
+        else:
+            if groups < 1 or self.in_channels % groups or self.out_channels % groups:
+                raise ValueError(
+                    f"groups={groups} does not divide the {self.in_channels} -> {self.out_channels} channels"
+                )
+            in_order, out_order = torch.arange(self.in_channels), torch.arange(self.out_channels)
+        result: GroupConv2d = group_conv_like(self, groups)
+        result.weight.copy_(grouping.group_blocks(self.weight[out_order][:, in_order], groups).flatten(0, 1))
+        if self.bias is not None and result.bias is not None:
+            result.bias.copy_(self.bias[out_order])
+        result.set_orders(in_order, out_order.argsort())
+        return result
+
+    def fuse(self) -> nn.Conv2d:
+        """Return the module for inference, as `timm.utils.reparameterize_model` requests it."""
+        return self.to_group_conv().fuse()
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
@@ -186,6 +222,11 @@ class DGConv2d(nn.Conv2d):
         for name in ("D", "I"):  # constants of the original release: a 2x2 identity and 2x2 ones
             state_dict.pop(f"{prefix}{name}", None)
 
+        if f"{prefix}in_order" in state_dict or f"{prefix}out_order" in state_dict:
+            raise ValueError(
+                "the checkpoint is compact and has no weights between its groups; build the model with the `groups` of "
+                "its config.json"
+            )
         gate, weight = state_dict.get(f"{prefix}gate"), state_dict.get(f"{prefix}weight")
         if isinstance(gate, Tensor) and gate.shape != self.gate.shape:
             raise ValueError(

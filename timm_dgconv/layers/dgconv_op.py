@@ -310,7 +310,7 @@ class _DGConv2d(torch.autograd.Function):
         output = _forward(*inputs, closed)  # type: ignore[call-arg]
         _setup_context(ctx, inputs, output)
         ctx.closed = closed
-        return output
+        return output.data  # not a view, since autograd refuses to change the views of a Function in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:

@@ -1,89 +1,48 @@
-"""The compact and the deployed form of a G-ResNeXt: plain group convolutions with the learned groups.
+"""The compact and the deployed form of a network: group convolutions with the learned groups.
 
-In a bottleneck, a DGConv2d stands between two 1x1 convolutions, with norms and activations between them. Its
-permutation of channels moves through these into the rows of the first and the columns of the second 1x1 convolution.
-The compact form trains. The deployed form also has its batch norms folded into the convolutions:
-`timm.utils.reparameterize_model` builds it by calling `fuse` on the modules.
+The compact form trains. The deployed form of a G-ResNet or G-ResNeXt also has its batch norms folded into the
+convolutions: `timm.utils.reparameterize_model` builds it by calling `fuse` on the modules.
 """
 
 import copy
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import timm.layers
 import torch
-from timm.models.resnet import Bottleneck
-from torch import Tensor, nn
-from torch.nn.modules import activation, batchnorm, dropout, instancenorm, pooling
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from timm_dgconv import _compat
-from timm_dgconv.layers import grouping
 from timm_dgconv.layers.dgconv import DGConv2d
-
-TRAINING_ARGS = (
-    "complexity_weight",
-    "complexity_target",
-    "gate_bound",
-    "gate_steps",
-    "init_groups",
-    "freeze_groups",
-)
-"""Arguments of a model that say how it is trained. They do not belong in its config.json."""
+from timm_dgconv.layers.group_conv import GroupConv2d
+from timm_dgconv.models.channel_orders import absorb_orders
+from timm_dgconv.models.group_net import TRAINING_ARGS, GroupNet
 
 _BATCH_NORMS_WITH_ACT = (
     timm.layers.BatchNormAct2d,
     timm.layers.SyncBatchNormAct,
     timm.layers.FrozenBatchNormAct2d,
 )
-_TIMM_EQUIVARIANT = (
-    *("AvgPool2dSame", "BlurPool2d", "DropBlock2d", "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"),
-    *("FilterResponseNormAct2d", "FilterResponseNormTlu2d", "GroupNorm1", "GroupNorm1Act"),
-    *("LayerNorm2d", "LayerNorm2dFp32", "LayerNormAct2d", "LayerNormAct2dFp32"),
-    *("RmsNorm2d", "RmsNorm2dFp32", "RmsNormAct2d", "RmsNormAct2dFp32", "SimpleNorm2d", "SimpleNorm2dFp32"),
-)
-_CHANNEL_MIXING = ("GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin")
-
-EQUIVARIANT: set[type[nn.Module]] = {
-    nn.Identity,
-    nn.Sequential,
-    *_BATCH_NORMS_WITH_ACT,
-    *(getattr(timm.layers, name) for name in _TIMM_EQUIVARIANT if hasattr(timm.layers, name)),
-    *(
-        getattr(module, name)
-        for module in (activation, batchnorm, dropout, instancenorm, pooling)
-        for name in module.__all__
-        if name not in _CHANNEL_MIXING and not name.endswith("3d")
-    ),
-    *(
-        value
-        for name in dir(timm.layers)
-        if isinstance(value := getattr(timm.layers, name), type)
-        and value.__module__.startswith("timm.layers.activations")
-    ),
-}
-"""Types of modules for which a permutation of the input channels permutes the output channels in the same way.
-
-Parameters and buffers whose first dimension is the number of channels are permuted along. Add a type of your own here.
-"""
 
 
 def compact(model: nn.Module) -> nn.Module:
-    """Return a copy of a G-ResNeXt that computes the same with plain group convolutions.
+    """Return a copy of a network that computes the same with group convolutions instead of DGConv2d layers.
 
     The copy keeps only the connected weights: at 32 groups 25 M of the 69 M parameters of g_resnext50. It trains with
-    its groups fixed. `timm.create_model(name, groups=block_groups(model))` builds the same structure.
+    its groups fixed. The group convolutions of learned groups need their channels in another order. The orders move
+    into the weights around them, see `timm_dgconv.models.channel_orders`. Where they cannot, a GroupConv2d reorders the
+    channels when it runs.
 
     Args:
-        model: A G-ResNeXt, or a module that contains one (a features_only model, a wrapper).
+        model: A network with DGConv2d layers.
 
     Returns:
-        A copy of the model. Blocks that are compact already stay as they are.
+        A copy of the model. ``timm.create_model(name, groups=layer_groups(model))`` builds the same structure for the
+        models of this package.
 
     Raises:
-        ValueError: If the model has no block of a G-ResNeXt, a DGConv2d outside of such a block, or a module between
-            the convolutions of a block that is not known to treat all channels alike (see `EQUIVARIANT`).
+        ValueError: If the model has neither a DGConv2d nor a GroupConv2d.
 
     Examples:
         >>> import timm, torch
@@ -96,136 +55,56 @@ def compact(model: nn.Module) -> nn.Module:
         True
     """
     result: Any = copy.deepcopy(model)
-    blocks = groupable_blocks(result)
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no block of a G-ResNeXt; use compact on a G-ResNeXt")
-    inside = {block.conv2 for block in blocks.values()}
-    outside = [name for name, module in result.named_modules() if isinstance(module, DGConv2d) and module not in inside]
-    if outside:
-        raise ValueError(f"the DGConv2d {outside[0]} is outside of a bottleneck; compact needs all of them inside")
-    for name, block in blocks.items():
-        if isinstance(block.conv2, DGConv2d):
-            obstacle = find_obstacle(block)
-            if obstacle is not None:
-                raise ValueError(
-                    f"{name} has a {type(obstacle).__name__} between its convolutions, which may mix channels; use "
-                    "another norm_layer or act_layer, or add its type to timm_dgconv.models.compact.EQUIVARIANT"
-                )
-            to_group_conv(block)
+    if not group_layers(result):
+        raise ValueError(
+            f"{type(model).__name__} has no DGConv2d; use compact on a model of this package, or on a network that "
+            "timm_dgconv.groupable has converted"
+        )
+    to_group_convs(result)
+    if isinstance(result, DGConv2d):
+        result = result.to_group_conv()
     args = {key: value for key, value in getattr(result, _compat.MODEL_ARGS, {}).items() if key not in TRAINING_ARGS}
-    setattr(result, _compat.MODEL_ARGS, {**args, "groups": block_groups(result)})
+    if isinstance(result, GroupNet):
+        args["groups"] = layer_groups(result)
+    if args:
+        setattr(result, _compat.MODEL_ARGS, args)
     return result
 
 
-def block_groups(model: nn.Module) -> list[int]:
-    """Return the number of groups of every block of a G-ResNeXt, for the `groups` argument of `timm.create_model`.
+def to_group_convs(model: nn.Module) -> None:
+    """Replace every DGConv2d inside a module, and move the orders of channels into other weights, in place."""
+    places = [(parent, *entry) for parent in model.modules() for entry in parent.named_children()]
+    convs = {module: module.to_group_conv() for module in model.modules() if isinstance(module, DGConv2d)}
+    for parent, name, child in places:
+        if child in convs:
+            setattr(parent, name, convs[child])
+    absorb_orders(model)
+
+
+def group_layers(model: nn.Module) -> dict[str, DGConv2d | GroupConv2d]:
+    """Return the layers that learn their groups, or have learned them, by name in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DGConv2d | GroupConv2d)}
+
+
+def layer_groups(model: nn.Module) -> list[int]:
+    """Return the number of groups of every DGConv2d and GroupConv2d, for the `groups` argument of `timm.create_model`.
 
     Args:
-        model: A G-ResNeXt, learnable or compact, or a module that contains one.
+        model: A model, learnable or compact, or a module that contains one.
 
     Returns:
-        One number per block in the order of the model. The list is empty if there is no such block.
+        One number per layer in the order of the model. The list is empty if there is no such layer.
 
     Examples:
         >>> import timm
-        >>> block_groups(timm.create_model("test_g_resnext", groups=[1, 2, 4, 8]))
+        >>> layer_groups(timm.create_model("test_g_resnext", groups=[1, 2, 4, 8]))
         [1, 2, 4, 8]
     """
-    convs = [block.conv2 for block in groupable_blocks(model).values()]
-    return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in convs]
-
-
-def groupable_blocks(model: nn.Module) -> dict[str, Any]:
-    """Return the blocks of a G-ResNeXt by name, learnable or compact: the bottlenecks that have a `cardinality`."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Bottleneck) and hasattr(module, "cardinality")
-    }
-
-
-def find_obstacle(block: Any) -> nn.Module | None:
-    """Return the first module through which the permutation of a block's DGConv2d cannot move, or None.
-
-    Args:
-        block: A timm Bottleneck whose conv2 is a DGConv2d.
-    """
-    conv: DGConv2d = block.conv2
-    if _is_identity(grouping.channel_order(conv.gate, conv.out_channels, conv.sort)):
-        return None
-    neighbors = [m for m in (block.conv1, block.conv3) if type(m) is not nn.Conv2d or m.groups != 1]
-    between = [m for root in (*_before(block), *_after(block)) for m in root.modules() if not _is_equivariant(m)]
-    return next(iter(neighbors + between), None)
-
-
-def _is_equivariant(module: nn.Module) -> bool:
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups == 1 and type(module) in {*EQUIVARIANT, nn.GroupNorm, timm.layers.GroupNorm}
-    return type(module) in EQUIVARIANT
-
-
-def _before(block: Any) -> tuple[nn.Module, ...]:
-    return block.bn1, block.act1
-
-
-def _after(block: Any) -> tuple[nn.Module, ...]:
-    return block.bn2, block.drop_block, block.act2, block.aa
+    return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in group_layers(model).values()]
 
 
 @torch.no_grad()
-def to_group_conv(block: Any) -> None:
-    """Replace the DGConv2d of a timm Bottleneck by the group convolution that it computes, exactly.
-
-    Args:
-        block: A timm Bottleneck whose conv2 is a DGConv2d and that has no obstacle; changed in place.
-    """
-    conv: DGConv2d = block.conv2
-    order_in = grouping.channel_order(conv.gate, conv.in_channels, conv.sort)
-    order_out = grouping.channel_order(conv.gate, conv.out_channels, conv.sort)
-    groups = conv.num_groups
-    block.conv2 = group_conv_like(conv, groups)
-    block.conv2.weight.copy_(grouping.group_blocks(conv.weight[order_out][:, order_in], groups).flatten(0, 1))
-    if conv.bias is not None:
-        block.conv2.bias.copy_(conv.bias[order_out])
-    if not _is_identity(order_out):
-        block.conv3.weight.copy_(block.conv3.weight[:, order_out])
-        _permute((block.conv1, *_before(block)), order_in)
-        _permute(_after(block), order_out)
-
-
-def group_conv_like(conv: DGConv2d, groups: int) -> nn.Conv2d:
-    """Return a new group convolution with the shape, device, dtype and flags of a DGConv2d."""
-    result = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        stride=conv.stride,  # type: ignore[arg-type]
-        padding=conv.padding,  # type: ignore[arg-type]
-        dilation=conv.dilation,  # type: ignore[arg-type]
-        groups=groups,
-        bias=conv.bias is not None,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    ).train(conv.training)
-    for new, old in zip(result.parameters(), (conv.weight, conv.bias), strict=False):
-        new.requires_grad_(old is not None and old.requires_grad)
-    return result
-
-
-def _is_identity(order: Tensor) -> bool:
-    return torch.equal(order, torch.arange(len(order), device=order.device))
-
-
-def _permute(modules: Iterable[nn.Module], order: Tensor) -> None:
-    """Permute the parameters and buffers that these modules have per channel."""
-    for module in (module for root in modules for module in root.modules()):
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            if tensor.ndim and tensor.shape[0] == order.shape[0]:
-                tensor.copy_(tensor[order])
-
-
-@torch.no_grad()
-def fold_norm(conv: nn.Module, norm: Any) -> Any:
+def fold_norm(conv: Any, norm: Any) -> Any:
     """Fold the running statistics and weights of a batch norm into the convolution before it.
 
     Args:
@@ -235,14 +114,17 @@ def fold_norm(conv: nn.Module, norm: Any) -> Any:
     Returns:
         The module that replaces the norm: an identity, or the activation of the norm. The norm itself comes back, and
         the convolution is unchanged, if the norm is of another kind or has no running statistics, or if `conv` is not a
-        plain convolution.
+        convolution.
     """
     is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, *_BATCH_NORMS_WITH_ACT)
-    if type(conv) is not nn.Conv2d or not is_batch_norm or norm.running_mean is None:
+    if type(conv) not in (nn.Conv2d, GroupConv2d) or not is_batch_norm or norm.running_mean is None:
         return norm
+    # A GroupConv2d reorders its output before the norm.
+    out_order = getattr(conv, "out_order", None)
+    order = slice(None) if out_order is None else out_order.argsort()
     # Fold in float64: the weights may be in half precision.
     names = ("running_mean", "running_var", "weight", "bias")
-    values: Any = (value if (value := getattr(norm, name)) is None else value.double() for name in names)
+    values: Any = (value if (value := getattr(norm, name)) is None else value.double()[order] for name in names)
     mean, var, weight, bias = values
     conv_bias = None if conv.bias is None else conv.bias.double()
     fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)

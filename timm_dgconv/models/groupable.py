@@ -8,7 +8,7 @@ from torch import nn
 from timm_dgconv.layers import grouping
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.layers.gate_cache import share_reader
-from timm_dgconv.models.compact import groupable_blocks
+from timm_dgconv.layers.group_conv import GroupConv2d
 
 Where = Callable[[str, nn.Conv2d], bool]
 
@@ -60,6 +60,8 @@ def groupable(model: nn.Module, where: Where | None = None) -> nn.Module:
     if not chosen:
         if any(isinstance(module, DGConv2d) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} has DGConv2d layers already, and no other convolution to convert")
+        if any(isinstance(module, GroupConv2d) for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} is compact; use groupable before timm_dgconv.compact")
         first = next((f"; {name or 'it'}: {reason}" for name, reason in skipped.items()), "")
         raise ValueError(f"{type(model).__name__} has no convolution to convert{first}")
     for conv in chosen:
@@ -107,11 +109,10 @@ def _plain_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 def _obstacles(model: nn.Module) -> dict[str, str]:
     """Return why each convolution cannot be a DGConv2d, or an empty string."""
-    ours = groupable_blocks(model)
     merging = {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if name not in ours and any(hasattr(module, method) for method in _MERGES)
+        if not isinstance(module, nn.Conv2d) and any(hasattr(module, method) for method in _MERGES)
     }
     obstacles = {}
     for name, conv in _plain_convs(model).items():
@@ -123,6 +124,8 @@ def _obstacles(model: nn.Module) -> dict[str, str]:
 
 def _obstacle(conv: nn.Conv2d) -> str:
     """Return why a convolution alone cannot be a DGConv2d, or an empty string."""
+    if isinstance(conv, GroupConv2d):
+        return "it is compact, without weights between its groups; use groupable before timm_dgconv.compact"
     if type(conv) is not nn.Conv2d:
         return f"the forward pass of a {type(conv).__name__} may differ from the forward pass of a torch.nn.Conv2d"
     if "weight" not in dict(conv.named_parameters(recurse=False)):

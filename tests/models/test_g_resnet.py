@@ -20,7 +20,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, block_groups, compact
+from timm_dgconv import DGConv2d, compact, layer_groups
 
 RESNEXTS = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d"}
 TINY = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 16, "channels": (16, 32, 48, 96)}  # test_g_resnext
@@ -50,7 +50,7 @@ def x() -> torch.Tensor:
 
 def test_registered() -> None:
     assert {*RESNEXTS, "test_g_resnext"} <= set(timm.list_models("*g_resnext*"))
-    assert timm.list_models(module="g_resnext")
+    assert timm.list_models(module="g_resnet")
     tiny = timm.create_model("test_g_resnext")
     assert sum(p.numel() for p in tiny.parameters()) < 1_000_000
     assert any(m.in_channels & (m.in_channels - 1) for m in tiny.modules() if isinstance(m, DGConv2d))
@@ -116,10 +116,9 @@ def test_options_of_a_timm_resnet(kwargs: dict[str, Any]) -> None:
     ("kwargs", "error", "words"),
     [
         (dict(nonsense=1), TypeError, ["nonsense"]),
-        (dict(groups=[4, 4, 4]), ValueError, ["4 blocks"]),
+        (dict(groups=[4, 4, 4]), ValueError, ["4 layers"]),
         (dict(groups=[4, 4, 5, 4]), ValueError, ["groups=5", "48 -> 48"]),
-        (dict(groups="4444"), ValueError, ["4 blocks"]),
-        (dict(groups=4), ValueError, ["groups=4 must be one number for each of the 4 blocks"]),
+        (dict(groups="4444"), ValueError, ["4 layers"]),
         (dict(groups=[0] * 4), ValueError, ["groups=0"]),
         (dict(complexity_weight=-1e-7), ValueError, ["complexity_weight=-1e-07", "at least 0"]),
         (dict(complexity_weight=float("nan")), ValueError, ["nan", "at least 0 and finite"]),
@@ -132,7 +131,7 @@ def test_options_of_a_timm_resnet(kwargs: dict[str, Any]) -> None:
         (dict(gate_bound=-0.1), ValueError, ["gate_bound=-0.1", "at least 0"]),
         (dict(gate_steps="all"), TypeError, ["gate_steps='all'", "number"]),
         (dict(init_groups=3), ValueError, ["groups=3 must be a power of two and at most 16"]),
-        (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups has 3 numbers", "(4)"]),
+        (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups=[4, 4, 4] must be one number", "4 layers"]),
         (dict(init_groups=4, groups=[1, 1, 1, 1]), ValueError, ["init_groups=4 needs gates", "groups=..."]),
         (
             dict(complexity_weight=0.1, freeze_groups=True),
@@ -152,9 +151,9 @@ def test_bad_arguments(kwargs: dict[str, Any], error: type[Exception], words: li
 @pytest.mark.parametrize("init_groups", [1, 4, [16, 1, 2, 8]], ids=str)
 def test_training_starts_with_a_number_of_groups(init_groups: int | list[int]) -> None:
     model = create(init_groups=init_groups)
-    assert block_groups(model) == ([init_groups] * 4 if isinstance(init_groups, int) else init_groups)
+    assert layer_groups(model) == ([init_groups] * 4 if isinstance(init_groups, int) else init_groups)
     assert all(torch.equal(gate.abs(), torch.full_like(gate, 0.01)) for gate in gates(model))
-    assert block_groups(create(init_groups=4, freeze_groups=True)) == [4] * 4
+    assert layer_groups(create(init_groups=4, freeze_groups=True)) == [4] * 4
 
 
 def test_the_density_of_a_resnext_is_a_target() -> None:
@@ -162,7 +161,7 @@ def test_the_density_of_a_resnext_is_a_target() -> None:
     optimizer = torch.optim.SGD(gates(model), 1.0)
     for _ in range(20):
         optimizer.step()
-    groups = block_groups(model)
+    groups = layer_groups(model)
     sizes = [block.conv2.in_channels**2 for block in model.modules() if isinstance(block, Bottleneck)]
     density = sum(size / number for size, number in zip(sizes, groups, strict=True)) / sum(sizes)
     assert 0.1 < density <= 1 / 8
@@ -286,7 +285,7 @@ def test_loads_resnext(name: str, tmp_path: Path, x: torch.Tensor) -> None:
     fixed = resnext(RESNEXTS[name])
     save_file(fixed.state_dict(), tmp_path / "resnext.safetensors")
     model = timm.create_model(name, checkpoint_path=tmp_path / "resnext.safetensors").eval()
-    assert set(block_groups(model)) == {32}
+    assert set(layer_groups(model)) == {32}
     with torch.inference_mode():
         expected = fixed(x)
     logits = model(x)
@@ -308,7 +307,7 @@ def test_loads_resnext_with_other_classes_and_channels(tmp_path: Path) -> None:
     overlay = {"file": str(tmp_path / "resnext.pth")}
     model = timm.create_model("test_g_resnext", True, num_classes=3, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
-    assert block_groups(model) == [4, 4, 4, 4]
+    assert layer_groups(model) == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +349,7 @@ def test_default_cfg(name: str) -> None:
 def test_every_tag_of_timm(name: str, default: str) -> None:
     sources = timm.list_pretrained(f"{RESNEXTS[name]}.*")
     tags = {f"{name}.resnext_{source.split('.', 1)[1]}": source for source in sources}
-    assert set(timm.list_pretrained(f"{name}*")) == set(tags)
+    assert set(timm.list_pretrained(f"{name}.*")) == set(tags)
     for tag, source in tags.items():
         ours, theirs = (timm.get_pretrained_cfg(n).to_dict() for n in (tag, source))
         assert {key for key in theirs if ours[key] != theirs[key]} == {"architecture", "tag"}
@@ -361,7 +360,7 @@ def test_every_tag_of_timm(name: str, default: str) -> None:
 def test_published_tag_becomes_the_default() -> None:
     from timm.models import generate_default_cfgs
 
-    from timm_dgconv.models.g_resnext import default_cfgs
+    from timm_dgconv.models.g_resnet import default_cfgs
 
     published = {
         f"g_resnext50.{tag}": {**cfg.to_dict(), "hf_hub_id": "somebody/g_resnext50.dgconv_in1k"}
@@ -393,7 +392,7 @@ def test_warns_that_a_converted_resnext_has_no_learned_groups(caplog: pytest.Log
     cfg = {**timm.get_pretrained_cfg("g_resnext50").to_dict(), "hf_hub_id": None, "url": "file:///no"}
     with pytest.raises(Exception, match=r"."), caplog.at_level(logging.WARNING):  # there is no such file
         timm.create_model("g_resnext50", pretrained=True, pretrained_cfg=cfg)
-    assert re.search(r"g_resnext50\.resnext_a1h_in1k is a converted ResNeXt.*not learned yet", caplog.text)
+    assert re.search(r"g_resnext50\.resnext_a1h_in1k is a converted resnext50_32x4d.*not learned yet", caplog.text)
     caplog.clear()
     timm.create_model("g_resnext50", pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
     assert "converted" not in caplog.text
