@@ -5,8 +5,8 @@
 The result is groupable.md, a table with one row per network. The networks have random weights, and random values in
 their norms. The columns are: the converted convolutions; the convolutions that stay as they are, with the reasons; the
 difference of the outputs after `groupable`; the difference after half of the gates are closed at random; the
-differences that `compact` and `reparameterize_model` make to that; the orders of channels that the group convolutions need, and the
-orders that move into the weights around them. Differences are relative to the largest output, in float64.
+differences that `compact` and `reparameterize_model` make to that; the orders of channels that the group convolutions
+need, and the orders that move into the weights around them. Differences are relative to the largest output, in float64.
 """
 
 import argparse

@@ -28,9 +28,9 @@ def install() -> None:
 
 
 def _register() -> None:
-    """Import the model file, which registers the models. A failure there must not break timm or torch."""
+    """Import the models, which registers them. A failure there must not break timm or torch."""
     try:
-        import_module("timm_dgconv.models.g_resnet")
+        import_module("timm_dgconv.models")
     except Exception as error:
         warnings.warn(
             f"timm-dgconv could not register its models, timm works without them: {type(error).__name__}: {error}",

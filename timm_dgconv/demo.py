@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from timm_dgconv import __version__
 from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.models.sources import ARCHITECTURES
 from timm_dgconv.report import group_report
 
 
@@ -165,9 +166,8 @@ def run(
     for option, number in {"epochs": epochs, "image size": image_size}.items():
         if number < 1:
             raise ValueError(f"{option} must be at least 1, got {number}")
-    ours = timm.list_models(module="g_resnet")
-    if model_name not in ours:
-        raise ValueError(f"{model_name!r} is not a model of this package; use {', '.join(ours)}")
+    if model_name not in ARCHITECTURES:
+        raise ValueError(f"{model_name!r} is not a model of this package; use {', '.join(ARCHITECTURES)}")
     try:
         torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=torch_device)

@@ -103,7 +103,7 @@ def test_forms_of_checkpoints(
     assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
     assert names(tmp_path) == ["out", "source"]
     assert names(out) == ["README.md", "config.json", "model.safetensors"]
-    assert ("The numbers of groups per block are" in (out / "README.md").read_text()) is compact
+    assert ("The numbers of groups per layer are" in (out / "README.md").read_text()) is compact
     printed = capsys.readouterr().out
     for path in out.iterdir():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

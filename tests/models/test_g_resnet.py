@@ -21,8 +21,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, compact, layer_groups
+from timm_dgconv.models.sources import ARCHITECTURES, SOURCES, family
 
-RESNEXTS = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d"}
 TINY = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 16, "channels": (16, 32, 48, 96)}  # test_g_resnext
 
 
@@ -49,16 +49,16 @@ def x() -> torch.Tensor:
 
 
 def test_registered() -> None:
-    assert {*RESNEXTS, "test_g_resnext"} <= set(timm.list_models("*g_resnext*"))
-    assert timm.list_models(module="g_resnet")
+    registered = {name for module in ("g_resnet", "g_densenet") for name in timm.list_models(module=module)}
+    assert registered == set(ARCHITECTURES)
     tiny = timm.create_model("test_g_resnext")
     assert sum(p.numel() for p in tiny.parameters()) < 1_000_000
     assert any(m.in_channels & (m.in_channels - 1) for m in tiny.modules() if isinstance(m, DGConv2d))
 
 
-@pytest.mark.parametrize("name", RESNEXTS)
-def test_is_a_resnext_with_dgconvs(name: str) -> None:
-    model, fixed = (timm.create_model(n, device="meta") for n in (name, RESNEXTS[name]))
+@pytest.mark.parametrize("name", SOURCES)
+def test_is_its_source_with_dgconvs(name: str) -> None:
+    model, fixed = (timm.create_model(n, device="meta") for n in (name, SOURCES[name]))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     fixed_shapes = {key: value.shape for key, value in fixed.state_dict().items()}
     gate_names = {key for key in shapes if key.endswith(".gate")}
@@ -66,11 +66,12 @@ def test_is_a_resnext_with_dgconvs(name: str) -> None:
     assert {key.removesuffix("gate") for key in gate_names} == {
         f"{n}." for n, m in model.named_modules() if type(m) is DGConv2d
     }
-    differ = {key for key in fixed_shapes if shapes[key] != fixed_shapes[key]}
-    assert differ == {key for key in fixed_shapes if key.endswith(".conv2.weight")}
-    assert all(shapes[key][1] == 32 * fixed_shapes[key][1] for key in differ)
+    groups = fixed.layer1[0].conv2.groups
+    for key, shape in fixed_shapes.items():
+        kernel = (shape[0], shape[1] * groups, *shape[2:]) if key.endswith(".conv2.weight") else shape
+        assert shapes[key] == kernel
 
-    with_groups = timm.create_model(name, groups=[32] * len(gate_names), device="meta")
+    with_groups = timm.create_model(name, groups=groups, device="meta")
     assert {key: value.shape for key, value in with_groups.state_dict().items()} == fixed_shapes
 
 
@@ -280,12 +281,20 @@ def test_loads_original_without_classifier(original: tuple[Path, torch.Tensor, t
 # Checkpoints of ResNeXts
 
 
-@pytest.mark.parametrize("name", ["g_resnext50", pytest.param("g_resnext101", marks=pytest.mark.slow)])
-def test_loads_resnext(name: str, tmp_path: Path, x: torch.Tensor) -> None:
-    fixed = resnext(RESNEXTS[name])
-    save_file(fixed.state_dict(), tmp_path / "resnext.safetensors")
-    model = timm.create_model(name, checkpoint_path=tmp_path / "resnext.safetensors").eval()
-    assert set(layer_groups(model)) == {32}
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("g_resnet18", 1),
+        ("g_resnet50", 1),
+        ("g_resnext50", 32),
+        pytest.param("g_resnext101", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_loads_its_source(name: str, groups: int, tmp_path: Path, x: torch.Tensor) -> None:
+    fixed = resnext(SOURCES[name])
+    save_file(fixed.state_dict(), tmp_path / "source.safetensors")
+    model = timm.create_model(name, checkpoint_path=tmp_path / "source.safetensors").eval()
+    assert set(layer_groups(model)) == {groups}
     with torch.inference_mode():
         expected = fixed(x)
     logits = model(x)
@@ -345,16 +354,17 @@ def test_default_cfg(name: str) -> None:
         assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@pytest.mark.parametrize(("name", "default"), [("g_resnext50", "a1h_in1k"), ("g_resnext101", "tv2_in1k")])
-def test_every_tag_of_timm(name: str, default: str) -> None:
-    sources = timm.list_pretrained(f"{RESNEXTS[name]}.*")
-    tags = {f"{name}.resnext_{source.split('.', 1)[1]}": source for source in sources}
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_tag_of_timm(name: str) -> None:
+    sources = timm.list_pretrained(f"{SOURCES[name]}.*")
+    tags = {f"{name}.{family(name)}_{source.split('.', 1)[1]}": source for source in sources}
     assert set(timm.list_pretrained(f"{name}.*")) == set(tags)
     for tag, source in tags.items():
         ours, theirs = (timm.get_pretrained_cfg(n).to_dict() for n in (tag, source))
         assert {key for key in theirs if ours[key] != theirs[key]} == {"architecture", "tag"}
         assert ours["hf_hub_id"] == f"timm/{source}"
-    assert timm.get_pretrained_cfg(name).tag == f"resnext_{default}"
+    default = "tv2_in1k" if name == "g_resnext101" else timm.get_pretrained_cfg(SOURCES[name]).tag
+    assert timm.get_pretrained_cfg(name).tag == f"{family(name)}_{default}"
 
 
 def test_published_tag_becomes_the_default() -> None:

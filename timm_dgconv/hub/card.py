@@ -11,11 +11,12 @@ from timm_dgconv import _compat
 from timm_dgconv.hub.model import BASELINE, RESNEXT_PAPER
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.compact import layer_groups
+from timm_dgconv.models.sources import FAMILIES, SOURCES, family
 from timm_dgconv.report import trace
 
 
 def fixed_groups(model: nn.Module) -> list[int]:
-    """Return the groups of the blocks of a compact G-ResNeXt, and an empty list for other models."""
+    """Return the groups of the layers of a compact model, and an empty list for other models."""
     return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else layer_groups(model)
 
 
@@ -55,13 +56,13 @@ def model_card(model: Any) -> str:
             "Image size": f"{size[1]} x {size[2]}",
         },
     }
-    resnext = _RESNEXT.get(architecture)
-    if resnext is not None:
-        baseline = timm.create_model(resnext, num_classes=model.num_classes, in_chans=size[0], device="meta")
+    source = SOURCES.get(architecture)
+    if source is not None:
+        baseline = timm.create_model(source, num_classes=model.num_classes, in_chans=size[0], device="meta")
         counted = (
             "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
         )
-        details["Compared with"] = f"{counted}`{resnext}`, the ResNeXt with 32 groups, has {_stats(baseline, size)}"
+        details["Compared with"] = f"{counted}timm's `{source}` has {_stats(baseline, size)}"
     papers = [RESNEXT_PAPER] if name == BASELINE else [_PAPER, RESNEXT_PAPER]
     details["Papers"] = [
         f"{title}: {paper_id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, paper_id in papers
@@ -80,7 +81,7 @@ def model_card(model: Any) -> str:
         "usage": _usage(model, name),
         "citation": _CITATION,
     }
-    if name == BASELINE or (tag == "dgconv_in1k" and architecture in _RESNEXT):
+    if name == BASELINE or tag == "dgconv_in1k":
         content["comparison"] = _COMPARISON
     return _compat.generate_readme(content, name)
 
@@ -93,8 +94,9 @@ def _description(name: str, groups: list[int]) -> str:
             "on ImageNet-1k by its authors.\n\ntimm loads it without timm-dgconv. The model `g_resnext50` of "
             "timm-dgconv loads the same weights, computes the same, and can learn its groups further."
         )
+    network = FAMILIES[family(architecture)]
     text = (
-        "A G-ResNeXt image classification model: a ResNeXt whose 3x3 convolutions learn how many groups they have "
+        f"A G-{network} image classification model: a {network} whose 3x3 convolutions learn how many groups they have "
         "(DGConv, dynamic grouping convolution)."
     )
     if name == "g_resnext50.dgconv_in1k":
@@ -104,15 +106,15 @@ def _description(name: str, groups: list[int]) -> str:
             " The original release describes this model and has no weights for it. The publisher of this repository "
             "trained these weights."
         )
-    elif tag.startswith("resnext_") and name in get_arch_pretrained_cfgs(architecture):
+    elif tag.startswith(f"{family(architecture)}_") and name in get_arch_pretrained_cfgs(architecture):
         text += (
-            f" Converted from timm's `{_RESNEXT[architecture]}.{tag.removeprefix('resnext_')}`: it computes the same, "
-            "with 32 groups in each block that are not learned yet."
+            f" Converted from timm's `{SOURCES[architecture]}.{tag.split('_', 1)[1]}`: it computes the same. Its "
+            "groups are not learned yet."
         )
     if groups:
         text += (
-            "\n\nThis is the compact form, which computes the same with plain group convolutions. The numbers of "
-            f"groups per block are {', '.join(map(str, groups))}."
+            "\n\nThis is the compact form, which computes the same with group convolutions. The numbers of groups per "
+            f"layer are {', '.join(map(str, groups))}."
         )
     return text
 
@@ -184,7 +186,6 @@ output = model.forward_head(output, pre_logits=True)
 """
 
 
-_RESNEXT = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d"}
 _CHECKPOINTS = {
     "g_resnext50.dgconv_in1k": "https://drive.google.com/open?id=1elM-FVacE-Pkin_hCiW24oKCogHEaYRn",
     BASELINE: "https://drive.google.com/open?id=1zVQm-aoJV6GRi-mCds7B8HVcsI8Jbjim",

@@ -8,6 +8,7 @@ import timm
 
 from timm_dgconv.hub.checkpoint import WEIGHTS, read_model_args
 from timm_dgconv.hub.model import Checkpoint, resolve
+from timm_dgconv.models.sources import ARCHITECTURES
 from timm_dgconv.report import GroupHistory, group_report
 
 
@@ -40,9 +41,8 @@ def inspect(
         RuntimeError: If the Hub does not return a source.
     """
     architecture = model_name.partition(".")[0]
-    ours = timm.list_models(module="g_resnet")
-    if architecture not in ours:
-        raise ValueError(f"unknown model {model_name!r}; use {', '.join(ours)}, with or without a tag")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown model {model_name!r}; use {', '.join(ARCHITECTURES)}, with or without a tag")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size must be at least 1, got {image_size}")
     default_tag = timm.get_pretrained_cfg(architecture).tag

@@ -15,6 +15,7 @@ from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_inf
 from timm_dgconv.hub.errors import one_line
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.group_net import TRAINING_ARGS
+from timm_dgconv.models.sources import ARCHITECTURES
 
 BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
@@ -29,7 +30,6 @@ def resolve(model_name: str) -> tuple[str, Any]:
         ValueError: If the name is not an architecture of this package with a tag, nor `BASELINE`.
     """
     architecture, _, tag = model_name.partition(".")
-    ours = timm.list_models(module="g_resnet")
     if model_name == BASELINE:
         cfg = dataclasses.replace(
             timm.get_pretrained_cfg("g_resnext50.dgconv_in1k"),
@@ -38,8 +38,8 @@ def resolve(model_name: str) -> tuple[str, Any]:
             paper_name=RESNEXT_PAPER[0],
             paper_ids=RESNEXT_PAPER[1],
         )
-    elif architecture not in ours or not re.fullmatch(r"[\w-]+", tag, re.ASCII):
-        raise ValueError(f"unknown model {model_name!r}; use {'.TAG, '.join(ours)}.TAG or {BASELINE}")
+    elif architecture not in ARCHITECTURES or not re.fullmatch(r"[\w-]+", tag, re.ASCII):
+        raise ValueError(f"unknown model {model_name!r}; use {'.TAG, '.join(ARCHITECTURES)}.TAG or {BASELINE}")
     elif model_name in get_arch_pretrained_cfgs(architecture):
         cfg = timm.get_pretrained_cfg(model_name)
     else:
@@ -110,6 +110,8 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._create()
+        if any(name.endswith((".in_order", ".out_order")) for name in self.state_dict):
+            self._use_group_convs(model)  # a DGConv2d cannot load these
         self._fill(model)
         return model
 
@@ -120,15 +122,21 @@ class Checkpoint:
             ValueError: If the weights belong to another network.
         """
         model = self.load()
-        for name, conv in list(model.named_modules()):
-            if isinstance(conv, DGConv2d) and f"{name}.gate" not in self.state_dict:
-                model.set_submodule(name, conv.to_group_conv())
+        self._use_group_convs(model)
         return model
+
+    def _use_group_convs(self, model: nn.Module) -> None:
+        """Replace each DGConv2d for which the checkpoint has a group convolution."""
+        for name, conv in list(model.named_modules()):
+            weight = self.state_dict.get(f"{name}.weight")
+            if isinstance(conv, DGConv2d) and f"{name}.gate" not in self.state_dict and weight is not None:
+                model.set_submodule(name, conv.to_group_conv(conv.in_channels // weight.shape[1]))
 
     def _create(self) -> nn.Module:
         """Create the model. The weights determine the number of classes and of input channels."""
-        head = self.state_dict.get("fc.weight")
-        stem = self.state_dict.get("conv1.weight", self.state_dict.get("conv1.0.weight"))
+        head = self.state_dict.get(f"{self.cfg.classifier}.weight")
+        first = self.cfg.first_conv.removesuffix(".0")  # timm names the first of three convolutions conv1.0
+        stem = self.state_dict.get(f"{first}.weight", self.state_dict.get(f"{first}.0.weight"))
         num_classes = self.cfg.num_classes if head is None or head.ndim != 2 else len(head)
         in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
         return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)

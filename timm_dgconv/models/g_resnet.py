@@ -8,8 +8,6 @@ Original release: https://github.com/d-li14/dgconv.pytorch (MIT)
 """
 
 import copy
-import dataclasses
-import logging
 import weakref
 from collections.abc import Iterable
 from itertools import pairwise
@@ -17,15 +15,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    FeatureListNet,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    list_models,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import FeatureListNet, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
@@ -34,10 +24,9 @@ from timm_dgconv.layers.group_conv import GroupConv2d
 from timm_dgconv.models.compact import fold_norm, fold_sequence, to_group_convs
 from timm_dgconv.models.group_net import GroupNet
 from timm_dgconv.models.groupable import groupable
+from timm_dgconv.models.sources import check_pretrained, source_cfgs
 
 __all__ = ["GResNet", "GroupableBasicBlock", "GroupableBottleneck"]
-
-_logger = logging.getLogger(__name__)
 
 
 class GroupableBasicBlock(BasicBlock):
@@ -226,48 +215,21 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     }
 
 
-SOURCES = {
-    "g_resnet18": "resnet18",
-    "g_resnet34": "resnet34",
-    "g_resnet50": "resnet50",
-    "g_resnet101": "resnet101",
-    "g_resnet152": "resnet152",
-    "g_wide_resnet50_2": "wide_resnet50_2",
-    "g_resnext50": "resnext50_32x4d",
-    "g_resnext101": "resnext101_32x8d",
-    "g_resnext101_32x4d": "resnext101_32x4d",
-    "g_resnext101_64x4d": "resnext101_64x4d",
-}
-"""Name of a model -> name of timm's model with the same widths, whose weights it loads."""
-
-
-def _source_cfgs(variant: str, default_tag: str | None = None) -> dict[str, Any]:
-    """Return every pretrained tag of the source, such as `g_resnet50.resnet_a1_in1k`. The default tag is first."""
-    source = SOURCES[variant]
-    default = f"{source}.{default_tag or get_pretrained_cfg(source).tag}"
-    names = sorted(list_models(f"{source}.*", pretrained=True), key=lambda name: name != default)
-    return {
-        f"{variant}.{_family(source)}_{name.split('.', 1)[1]}": dataclasses.replace(
-            get_pretrained_cfg(name), architecture=None, tag=None
-        )
-        for name in names
-    }
-
-
-def _family(source: str) -> str:
-    return "resnext" if "resnext" in source else "resnet"
-
-
 # The first tag with weights is the default. That is dgconv_in1k as soon as it has an hf_hub_id.
 default_cfgs = generate_default_cfgs(
     {
         "g_resnext50.dgconv_in1k": _cfg(),
         "g_resnext101.dgconv_in1k": _cfg(),
-        **{
-            name: cfg
-            for variant in SOURCES
-            for name, cfg in _source_cfgs(variant, "tv2_in1k" if variant == "g_resnext101" else None).items()
-        },
+        **source_cfgs("g_resnet18"),
+        **source_cfgs("g_resnet34"),
+        **source_cfgs("g_resnet50"),
+        **source_cfgs("g_resnet101"),
+        **source_cfgs("g_resnet152"),
+        **source_cfgs("g_wide_resnet50_2"),
+        **source_cfgs("g_resnext50"),
+        **source_cfgs("g_resnext101", default_tag="tv2_in1k"),
+        **source_cfgs("g_resnext101_32x4d"),
+        **source_cfgs("g_resnext101_64x4d"),
         "test_g_resnet.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95),
         "test_g_resnext.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), crop_pct=0.95),
     }
@@ -276,16 +238,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create_g_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GResNet:
     if pretrained:
-        overlay = kwargs.get("pretrained_cfg_overlay")
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
-        elsewhere = cfg.source or cfg.file or cfg.state_dict or "hf_hub_id" in (overlay or {})  # the user's weights
-        if cfg.tag == "dgconv_in1k" and not (elsewhere or cfg.has_weights):
-            raise RuntimeError(_HOW_TO_GET_WEIGHTS[variant])
-        source = SOURCES.get(variant, "")
-        if cfg.tag and cfg.tag.startswith(f"{_family(source)}_") and not elsewhere:
-            _logger.warning(
-                f"{variant}.{cfg.tag} is a converted {source}: it computes the same. Its groups are not learned yet."
-            )
+        check_pretrained(variant, kwargs, _HOW_TO_GET_WEIGHTS.get(variant))
     model = build_model_with_cfg(GResNet, variant, pretrained, **kwargs)
     if isinstance(model, FeatureListNet):  # it has the stem now
         _set_stem_fuse(model)

@@ -1,0 +1,30 @@
+"""G-DenseNet: DenseNet whose 3x3 convolutions learn their number of groups."""
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.densenet import DenseNet
+
+from timm_dgconv.models.group_net import GroupNet
+from timm_dgconv.models.sources import check_pretrained, source_cfgs
+
+__all__ = ["GDenseNet"]
+
+
+class GDenseNet(GroupNet, DenseNet):
+    """A timm DenseNet whose 3x3 convolutions are DGConv2d layers. The arguments are those of `GroupNet`."""
+
+
+default_cfgs = generate_default_cfgs(source_cfgs("g_densenet121"))
+
+
+@register_model
+def g_densenet121(pretrained: bool = False, **kwargs: Any) -> GDenseNet:
+    """G-DenseNet-121."""
+    if pretrained:
+        check_pretrained("g_densenet121", kwargs)
+    model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16))
+    feature_cfg = dict(flatten_sequential=True)
+    return build_model_with_cfg(
+        GDenseNet, "g_densenet121", pretrained, feature_cfg=feature_cfg, **dict(model_args, **kwargs)
+    )
