@@ -1,4 +1,4 @@
-"""Measure the time and memory of layers and networks as ratios to timm's ResNeXt.
+"""Measure the time and memory of layers and networks as ratios to the network of timm with the same widths.
 
     python benchmarks/bench.py train                              # forward and backward
     python benchmarks/bench.py sgd --model g_resnext101           # with an optimizer step
@@ -8,7 +8,7 @@
 
 Each round measures every network once, so that a slow minute of the machine affects all of them alike. The output is
 one row per network and memory format: the median time, and the median and quartiles over the rounds of the ratio to
-the ResNeXt with the same widths (layers: to torch.nn.Conv2d with the same groups).
+the network of timm (layers: to torch.nn.Conv2d with the same groups).
 """
 
 import argparse
@@ -34,19 +34,21 @@ from huggingface_hub.utils import tqdm
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_dgconv import DGConv2d, freeze_groups, plots
+from timm_dgconv import DGConv2d, compact, freeze_groups, plots
 from timm_dgconv.layers import dgconv_op
 from timm_dgconv.layers.dgconv import PRETRAINED_GATE
 from timm_dgconv.layers.spans import Spans, lowest
+from timm_dgconv.models.sources import SOURCES
 
 Row = dict[str, Any]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BASELINES = {"g_resnext50": "resnext50_32x4d", "g_resnext101": "resnext101_32x8d", "test_g_resnext": "test_resnet"}
+BASELINES = {**SOURCES, "test_g_resnet": "test_resnet", "test_g_resnext": "test_resnet"}
 FORMS = {
     "learnable": "gates that learn",
     "frozen": "gates without gradients",
     "masked dense": "a dense convolution with a masked weight, as in the original release",
+    "compact": "timm_dgconv.compact",
     "deployed": "timm.utils.reparameterize_model",
 }
 
@@ -72,7 +74,7 @@ def set_groups(module: nn.Module, groups: int, permuted: bool = False) -> None:
 
 
 def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Module:
-    """Build a timm model. A G-ResNeXt gets this number of groups in each layer and one of the `FORMS`."""
+    """Build a timm model. A model of this package gets this number of groups in each layer and one of the `FORMS`."""
     model = timm.create_model(name)
     set_groups(model, groups, permuted)
     if form == "frozen":
@@ -80,8 +82,10 @@ def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Modul
     elif form == "masked dense":
         for conv in (m for m in model.modules() if isinstance(m, DGConv2d)):
             conv.forward = conv.masked_dense
+    elif form == "compact":
+        model = compact(model)
     elif form == "deployed":
-        model = reparameterize_model(model.eval())
+        model = reparameterize_model(compact(model).eval())
     return model
 
 
@@ -182,7 +186,9 @@ def networks(args: argparse.Namespace) -> list[Row]:
             torch.manual_seed(0)
             net: Any = build(model, form, args.groups, args.permuted).train(args.what != "infer")
             net.to(device, memory_format=FORMATS[name])
-            run = torch.compile(net) if args.compile else net
+            run: Any = torch.compile(net) if args.compile else net
+            if args.onnxruntime:
+                run = _in_onnxruntime(net, x)
             if args.what == "infer":
                 calls[label] = partial(_infer, run, x, autocast)
                 if form:
@@ -208,13 +214,24 @@ def networks(args: argparse.Namespace) -> list[Row]:
 
 
 def _labels(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Return name and form of the networks by the label of their rows. The ResNeXt comes first."""
-    forms = args.forms or [form for form in FORMS if form != "deployed" or args.what == "infer"]
+    """Return name and form of the networks by the label of their rows. The network of timm comes first."""
+    only_inference = ("compact", "deployed")
+    forms = args.forms or [form for form in FORMS if form not in only_inference or args.what == "infer"]
     labels = {name: (name, "") for name in (BASELINES[args.model], *args.others)}
     return labels | {f"{args.model}, {form}": (args.model, form) for form in forms}
 
 
-def _infer(net: nn.Module, x: Tensor, autocast: Any) -> Tensor:
+def _in_onnxruntime(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the network as a function that ONNX Runtime computes."""
+    import onnxruntime
+
+    program: Any = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def _infer(net: Callable[[Tensor], Tensor], x: Tensor, autocast: Any) -> Tensor:
     with torch.inference_mode(), autocast():
         return net(x)
 
@@ -333,14 +350,14 @@ def _parser() -> argparse.ArgumentParser:
         help="forward and backward; the same with an optimizer step; inference; peak memory of training; forward and "
         "backward of single layers over the spans of the weight gradient",
     )
-    parser.add_argument("--model", default="g_resnext50", choices=list(BASELINES), help="G-ResNeXt to measure")
+    parser.add_argument("--model", default="g_resnext50", choices=list(BASELINES), help="model to measure")
     parser.add_argument("--others", nargs="*", default=[], metavar="NAME", help="further timm models to measure")
     parser.add_argument(
         "--forms",
         nargs="*",
         choices=list(FORMS),
         metavar="FORM",
-        help="forms of the G-ResNeXt: " + "; ".join(f"'{form}' ({text})" for form, text in FORMS.items()),
+        help="forms of the model: " + "; ".join(f"'{form}' ({text})" for form, text in FORMS.items()),
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="dtype of autocast, or of the layers")
@@ -352,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, default=32, metavar="N", help="groups of every layer")
     parser.add_argument("--permuted", action="store_true", help="close random gates, so that channels are permuted")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--onnxruntime", action="store_true", help="use ONNX Runtime, for inference on a CPU")
     parser.add_argument(
         "--widths", type=int, nargs="*", default=[128, 256, 512, 1024], metavar="C", help="channels of layers"
     )

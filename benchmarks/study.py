@@ -3,6 +3,7 @@
     python benchmarks/study.py --data-dir data            # everything
     python benchmarks/study.py --data-dir data --quick    # one seed from scratch at 1/8 of the connections
     python benchmarks/study.py --report                   # table and figure of the finished runs
+    python benchmarks/study.py --data-dir data --model g_resnet18 --output study_g_resnet18
 
 `--data-dir` is the folder with FashionMNIST/raw, as torchvision writes it. `--download` fetches the images. The files
 of Debian's package dataset-fashion-mnist work, too:
@@ -40,19 +41,19 @@ from torch import nn
 
 from timm_dgconv import compact, constrained_loss, demo, group_report, layer_groups
 from timm_dgconv.layers.dgconv import PRETRAINED_GATE, DGConv2d
+from timm_dgconv.models.compact import group_layers
 
-NET: dict[str, Any] = dict(
-    in_chans=1,
-    num_classes=10,
-    layers=(2, 2, 2, 2),
-    channels=(16, 16, 32, 64),  # 3x3 layers of 32, 32, 64 and 128 channels
-    pretrained_cfg_overlay=dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,)),
-)
+DATA: dict[str, Any] = dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
+NETS: dict[str, dict[str, Any]] = {
+    "g_resnext50": dict(layers=(2, 2, 2, 2), channels=(16, 16, 32, 64)),  # 3x3 layers of 32, 32, 64 and 128 channels
+    "g_resnet18": dict(channels=(32, 64, 128, 256)),
+}
 TARGET, SETTLED = object(), object()
 BOUNDED, STEPS = dict(gate_bound=0.05), dict(gate_steps=SETTLED)
 LEARNED: dict[str, dict[str, Any]] = {
     "held": dict(complexity_target=TARGET),
     "paper": dict(),
+    "held, settled": dict(complexity_target=TARGET, **STEPS),
     "held, bounded": dict(complexity_target=TARGET, **BOUNDED),
     "held, bounded, settled": dict(complexity_target=TARGET, **BOUNDED, **STEPS),
     "held, from groups": dict(complexity_target=TARGET, init_groups=8),
@@ -67,22 +68,28 @@ SETTLE = 0.6
 class Run(NamedTuple):
     """One training: from scratch, or from the dense network of the same seed."""
 
+    model: str
     start: str
     variant: str
     target: float
     seed: int
 
 
-def runs(seeds: Sequence[int], quick: bool) -> list[Run]:
-    """Return all runs, the most important ones first."""
+def runs(model: str, seeds: Sequence[int], quick: bool) -> list[Run]:
+    """Return all runs of a model, the most important ones first."""
     names = [("scratch", "dense", 1.0), *(("scratch", name, 1 / 8) for name in COMPARED)]
     if quick:
-        return [Run(*name, seeds[0]) for name in names]
+        return [Run(model, *name, seeds[0]) for name in names]
+    if model == "g_resnet18":
+        names = [("scratch", "dense", 1.0), ("dense", "dense", 1.0)]
+        names += [("dense", name, 1 / 4) for name in ("fixed", "held", "held, settled", "pruned")]
+        return [Run(model, *name, seed) for name in names for seed in seeds]
     names += [("dense", "dense", 1.0), *(("dense", name, 1 / 8) for name in [*COMPARED, "pruned"])]
     names += [("scratch", name, 1 / 32) for name in ("fixed", "held", "paper")]
     names += [("dense", name, 1 / 32) for name in ("fixed", "held", "pruned")]
     names += [("scratch", name, 1 / 8) for name in LEARNED if name not in COMPARED]
-    return [Run(*name, seed) for name in names for seed in seeds]
+    names += [("dense", "held, settled", target) for target in (1 / 8, 1 / 32)]
+    return [Run(model, *name, seed) for name in names for seed in seeds]
 
 
 def build(run: Run, dense: dict[str, torch.Tensor], steps: int) -> nn.Module:
@@ -96,14 +103,15 @@ def build(run: Run, dense: dict[str, torch.Tensor], steps: int) -> nn.Module:
     random_seed(run.seed)
     values = {TARGET: run.target, SETTLED: round(SETTLE * steps)}
     kwargs = {key: values.get(value, value) for key, value in LEARNED.get(run.variant, {}).items()}
-    model = timm.create_model("g_resnext50", **kwargs, **NET)
+    kwargs |= NETS[run.model]
+    model = timm.create_model(run.model, in_chans=1, num_classes=10, pretrained_cfg_overlay=DATA, **kwargs)
     if dense:
         model.load_state_dict(dense)
+    if dense or run.variant not in LEARNED:
         set_gates(model)
     if run.variant == "pruned":
         return prune(model, run)
     if run.variant not in LEARNED:
-        set_gates(model)
         close_gates(model, run.target, shuffle=run.variant == "random")
         return compact(model)
     return model
@@ -141,9 +149,11 @@ def prune(model: nn.Module, run: Run) -> nn.Module:
     """Prune the channels of smallest magnitude, to the multiply-adds of fixed groups at the target."""
     import torch_pruning
 
-    example = torch.zeros(1, *NET["pretrained_cfg_overlay"]["input_size"])
-    plain = compact(model)
-    grouped = build(run._replace(variant="fixed"), {}, 1)
+    example = torch.zeros(1, *DATA["input_size"])
+    plain, grouped = compact(model), build(run._replace(variant="fixed"), {}, 1)
+    for net in (plain, grouped):
+        for name, conv in group_layers(net).items():
+            net.set_submodule(name, conv.fuse())  # torch-pruning counts a torch.nn.Conv2d, not its subclasses
     goal, _ = torch_pruning.utils.count_ops_and_params(grouped, example)
 
     def pruned(ratio: float) -> tuple[float, nn.Module]:
@@ -171,17 +181,16 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
     epochs = args.epochs if run.start == "scratch" else args.epochs // 2
     steps_per_epoch = args.images // args.batch_size
     model = build(run, dense, epochs * steps_per_epoch).to(device, memory_format=torch.channels_last)
-    config = NET["pretrained_cfg_overlay"]
     loaders = [
         create_loader(
             create_dataset("torch/fashion_mnist", args.data_dir, split=split, download=args.download),
-            input_size=config["input_size"],
+            input_size=DATA["input_size"],
             batch_size=args.batch_size if split == "train" else 500,
             is_training=split == "train",
             no_aug=True,
-            crop_pct=config["crop_pct"],
-            mean=config["mean"],
-            std=config["std"],
+            crop_pct=DATA["crop_pct"],
+            mean=DATA["mean"],
+            std=DATA["std"],
             num_workers=0,
             persistent_workers=False,
             device=device,
@@ -251,16 +260,16 @@ def mean(histories: list[list[bench.Row]], name: str, epoch: int = -1) -> float:
 
 
 def mean_groups(histories: list[list[bench.Row]]) -> list[float]:
-    """Return the geometric mean of the groups of each block."""
-    blocks = zip(*(history[-1]["groups"] for history in histories), strict=True)
-    return [2 ** statistics.mean(map(math.log2, groups)) for groups in blocks]
+    """Return the geometric mean of the groups of each layer."""
+    layers = zip(*(history[-1]["groups"] for history in histories), strict=True)
+    return [2 ** statistics.mean(map(math.log2, groups)) for groups in layers]
 
 
 def table(rows: list[bench.Row]) -> str:
     """Format the means over the seeds, with the smallest and largest value, as a Markdown table."""
     lines = [
         "| start | target | variant | seeds | connections, % | multiply-adds, M | top-1, % | of averaged weights, % "
-        "| flips per epoch | groups per block (geometric mean) |",
+        "| flips per epoch | groups per layer (geometric mean) |",
         f"|{'---|' * 10}",
     ]
     for start, target, variant in dict.fromkeys((row["start"], row["target"], row["variant"]) for row in rows):
@@ -281,55 +290,56 @@ def table(rows: list[bench.Row]) -> str:
 
 
 def plot(rows: list[bench.Row], path: Path) -> None:
-    """Draw accuracy over density for both starts, accuracy and flips over the epochs, and the learned groups."""
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    (scratch, dense), (epochs, groups) = figure.subplots(2, 2)
-    flips = epochs.twinx()
+    """Draw accuracy over multiply-adds and learned groups for both starts, and accuracy and flips over the epochs."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3)
+    epochs, flips = axes[:, 2]
     targets = sorted({row["target"] for row in rows})
-    titles = {"scratch": "from scratch", "dense": "from a dense network that was trained before"}
-    for axis, start in ((scratch, "scratch"), (dense, "dense")):
+    colors = dict(zip(["dense", *COMPARED, "pruned", *LEARNED], ["k", *(f"C{n}" for n in range(10))], strict=False))
+    titles = {"scratch": "from scratch", "dense": "from a trained dense network"}
+    for (start, title), (accuracy, groups) in zip(titles.items(), axes.T, strict=False):
         for variant, marker in zip(["dense", *COMPARED, "pruned"], "*sxo^P", strict=True):
-            points = [(target, select(rows, start, variant, target)) for target in targets]
-            points = [(target, histories) for target, histories in points if histories]
-            if points:
-                x = [100 * (target if variant == "pruned" else mean(h, "density")) for target, h in points]
-                y = [mean(histories, "top1") for _, histories in points]
-                ends = [[history[-1]["top1"] for history in histories] for _, histories in points]
-                bars = [[m - min(e) for m, e in zip(y, ends)], [max(e) - m for m, e in zip(y, ends)]]  # noqa: B905
-                axis.errorbar(x, y, bars, marker=marker, markersize=6, linewidth=0.8, capsize=2, label=variant)
-        axis.set(xscale="log", title=titles[start], xlabel="connections, % of dense", ylabel="top-1, %")
-        axis.xaxis.set_major_formatter("{x:g}")
-    for n, variant in enumerate(["fixed", *LEARNED]):
+            found = [found for target in targets if (found := select(rows, start, variant, target))]
+            if not found:
+                continue
+            x, y = [mean(h, "macs") / 1e6 for h in found], [mean(h, "top1") for h in found]
+            ends = [[history[-1]["top1"] for history in histories] for histories in found]
+            bars = [
+                [m - min(e) for m, e in zip(y, ends, strict=True)],
+                [max(e) - m for m, e in zip(y, ends, strict=True)],
+            ]
+            accuracy.errorbar(x, y, bars, color=colors[variant], marker=marker, linewidth=0.8, capsize=2, label=variant)
+        accuracy.set(title=title, xlabel="multiply-adds, M", ylabel="top-1, %")
+        for variant in ("held", "paper"):
+            for target, line in zip(targets, ("--", "-"), strict=False):
+                histories = select(rows, start, variant, target)
+                if histories:
+                    y = mean_groups(histories)
+                    style = dict(color=colors[variant], linestyle=line, marker="o", markersize=3)
+                    groups.plot(range(1, len(y) + 1), y, label=f"{variant}, 1/{1 / target:.0f}", **style)
+        groups.set(title=title, xlabel="layer", ylabel="groups (geometric mean)")
+        groups.set_yscale("log", base=2)
+        groups.yaxis.set_major_formatter("{x:g}")
+    for variant in ["fixed", *LEARNED]:
         histories = select(rows, "scratch", variant, 1 / 8)
         if histories:
             x = list(range(1, len(histories[0])))
-            epochs.plot(x, [mean(histories, "top1", e) for e in x], color=f"C{n}", linewidth=1, label=variant)
+            y = [[mean(histories, name, epoch) for epoch in x] for name in ("top1", "flips")]
+            epochs.plot(x[1:], y[0][1:], color=colors[variant], linewidth=1, label=variant)
             if variant in LEARNED:
-                y = [mean(histories, "flips", e) for e in x]
-                flips.plot(x, y, color=f"C{n}", linewidth=1, linestyle=":")
+                flips.plot(x, y[1], color=colors[variant], linewidth=1, label=variant)
     epochs.set(title="from scratch, 1/8 of the connections", xlabel="epoch", ylabel="top-1, %")
-    flips.set(ylabel="flips (dotted)", yscale="symlog")
-    for n, (start, target) in enumerate((start, target) for start in titles for target in targets):
-        for variant, line in (("held", "-"), ("paper", "--")):
-            histories = select(rows, start, variant, target)
-            if histories:
-                label = f"{variant}, {titles[start][:12]}, 1/{1 / target:.0f}"
-                y = mean_groups(histories)
-                groups.plot(
-                    range(1, len(y) + 1), y, color=f"C{n}", marker="o", markersize=3, linestyle=line, label=label
-                )
-    groups.set(title="learned groups", xlabel="block", ylabel="groups (geometric mean)")
-    groups.set_yscale("log", base=2)
-    groups.yaxis.set_major_formatter("{x:g}")
-    for axis in (scratch, dense, epochs, groups):
+    flips.set(title="from scratch, 1/8 of the connections", xlabel="epoch", ylabel="flips of gates", yscale="symlog")
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=200)
+        axis.legend(fontsize=7, frameon=False, handlelength=3)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     """Run the study, and write its table and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=NETS, default="g_resnext50")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("study"))
@@ -347,7 +357,7 @@ def main() -> None:
     path = args.output / "study.json"
     rows: list[bench.Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {tuple(row[key] for key in Run._fields) for row in rows}
-    wanted = [] if args.report else runs(args.seeds, args.quick)
+    wanted = [] if args.report else runs(args.model, args.seeds, args.quick)
     todo = [run for run in wanted if run not in done and run.variant in (args.variants or VARIANTS)]
     needed = [run for run in todo if (run.start, run.variant) == ("scratch", "dense")]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, tqdm(total=len(todo)) as bar:
@@ -358,7 +368,8 @@ def main() -> None:
                 bar.update()
     rows.sort(key=lambda row: (row["start"] == "dense", -row["target"], VARIANTS.index(row["variant"]), row["seed"]))
     print(table(rows))
-    plot(rows, args.output / "study.png")
+    if args.model == "g_resnext50":
+        plot(rows, args.output / "study.png")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_networks(bench: Any, what: str, tmp_path: Path, capsys: pytest.CaptureF
     assert baseline["model"] == "test_resnet"
     assert baseline["ratio"] == 1
     forms = {row["model"].partition(", ")[2] for row in rows}
-    assert forms == {"learnable", "frozen", "masked dense"} | ({"deployed"} if what == "infer" else set())
+    assert forms == {"learnable", "frozen", "masked dense"} | ({"compact", "deployed"} if what == "infer" else set())
     for row in rows:
         assert row["ms"] > 0
         assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
@@ -195,7 +195,7 @@ def test_gate_margin_and_weight(bench: Any) -> None:
 def test_study(bench: Any, tmp_path: Path) -> None:
     """The networks that are compared have the same density, and a finished run is not repeated."""
     study = importlib.import_module("study")
-    run = study.Run("scratch", "fixed", 1 / 8, 0)
+    run = study.Run("g_resnext50", "scratch", "fixed", 1 / 8, 0)
     shares = {n: study.snapshot(study.build(run._replace(variant=n), {}, 1))["density"] for n in study.COMPARED}
     assert shares["fixed"] == 1 / 8 < shares["held"]
     assert shares["random"] == pytest.approx(1 / 8, rel=0.02)
