@@ -295,7 +295,7 @@ def plot(rows: list[bench.Row], path: Path) -> None:
     axes = figure.subplots(2, 3)
     epochs, flips = axes[:, 2]
     targets = sorted({row["target"] for row in rows})
-    colors = dict(zip(["dense", *COMPARED, "pruned", *LEARNED], ["k", *(f"C{n}" for n in range(10))], strict=False))
+    colors = {variant: f"C{n}" for n, variant in enumerate(VARIANTS)}
     titles = {"scratch": "from scratch", "dense": "from a trained dense network"}
     for (start, title), (accuracy, groups) in zip(titles.items(), axes.T, strict=False):
         for variant, marker in zip(["dense", *COMPARED, "pruned"], "*sxo^P", strict=True):

@@ -9,6 +9,8 @@ import copy
 import inspect
 import operator
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,40 +117,52 @@ def _trace(root: nn.Module, opaque: set[nn.Module]) -> list[fx.Graph]:
 
     Auxiliary heads and the like read values in one mode only.
     """
-    # Trace a copy that shares the tensors, since the modules of users may store what they compute.
-    twin = copy.deepcopy(root, {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())})
-    twins = {copied for copied, module in zip(twin.modules(), root.modules(), strict=True) if module in opaque}
-    parameters = inspect.signature(root.forward).parameters.items()
-    defaults = {name: p.default for name, p in parameters if p.default is not p.empty}
     try:
-        graphs = [_Tracer(twins).trace(twin.train(mode), concrete_args=defaults) for mode in (False, True)]
+        return [_Tracer().record(root, opaque, training) for training in (False, True)]
     except Exception:  # any exception of the user's modules
         return []
-    for graph in graphs:
-        # Modules that could be traced in part have left nodes.
-        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    return graphs
 
 
 class _Tracer(fx.Tracer):
-    """Records the calls of modules that it knows, of opaque modules, and of modules that it cannot trace."""
+    """Records the calls of modules that it knows, of opaque modules, and of modules that it cannot trace.
 
-    def __init__(self, opaque: set[nn.Module]) -> None:
-        super().__init__()
-        self.opaque = opaque
+    `fx.Tracer.trace` changes torch.nn.Module for all threads. This class changes the modules of a copy instead.
+    """
+
+    def record(self, root: nn.Module, opaque: set[nn.Module], training: bool) -> fx.Graph:
+        """Return the graph of a forward pass with the default arguments."""
+        # The copy shares the tensors. It also keeps what the modules of users store in a forward pass.
+        twin = copy.deepcopy(root, {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())})
+        self.root, self.graph, self.tensor_attrs = twin.train(training), fx.Graph(), {}
+        for (name, module), original in zip(twin.named_modules(), root.modules(), strict=True):
+            is_leaf = original in opaque or _has_hooks(original) or self.is_leaf_module(module, name)
+            for hooks in _compat.HOOKS:
+                getattr(module, hooks).clear()
+            if module is not twin:
+                module.forward = self._recorded(name, None if is_leaf else module.forward)
+        parameters = inspect.signature(root.forward).parameters.values()
+        inputs = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        output = twin.forward(*(self.create_proxy("placeholder", p.name, (), {}) for p in inputs))
+        self.create_node("output", "output", (self.create_arg(output),), {})
+        # Modules that could be traced in part have left nodes.
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        return self.graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether the graph has a call of this module instead of its operations."""
-        if m in self.opaque or _has_hooks(m) or is_equivariant(m) or isinstance(m, nn.Conv2d):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        is_known = is_equivariant(m) or isinstance(m, nn.Conv2d)
+        return is_known or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Trace through the module, or record its call if it cannot be traced."""
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:  # any exception of the user's modules
-            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+    def _recorded(self, name: str, forward: Callable[..., Any] | None) -> Callable[..., Any]:
+        """Return a forward pass that records the call of a module, if it cannot be traced or has no `forward`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if forward is not None:
+                with suppress(Exception):  # any exception of the user's modules
+                    return forward(*args, **kwargs)
+            return self.create_proxy("call_module", name, args, kwargs)
+
+        return call
 
 
 def _has_state(module: nn.Module) -> bool:
