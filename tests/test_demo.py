@@ -146,7 +146,7 @@ def test_outputs_of_the_reloaded_model(
     [
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--img-size", "-3"], "image size must be at least 1, got -3"),
-        (["--model", "test_resnet"], "'test_resnet' is not a model of this package; use g_resnext50, g_resnext101, "),
+        (["--model", "test_resnet"], "'test_resnet' is not a model of this package; use g_resnet18, g_resnet34, "),
         (["--device", "nonsense"], "device 'nonsense'"),
         (["--complexity-target", "0"], "complexity_target=0.0 must be a share"),
     ],

@@ -66,12 +66,11 @@ def test_is_its_source_with_dgconvs(name: str) -> None:
     assert {key.removesuffix("gate") for key in gate_names} == {
         f"{n}." for n, m in model.named_modules() if type(m) is DGConv2d
     }
-    groups = fixed.layer1[0].conv2.groups
-    for key, shape in fixed_shapes.items():
-        kernel = (shape[0], shape[1] * groups, *shape[2:]) if key.endswith(".conv2.weight") else shape
-        assert shapes[key] == kernel
+    convs = {n: m for n, m in fixed.named_modules() if f"{n}.gate" in gate_names}
+    dense = {f"{n}.weight": (m.out_channels, m.in_channels, *m.kernel_size) for n, m in convs.items()}
+    assert {key: shapes[key] for key in fixed_shapes} == {**fixed_shapes, **dense}
 
-    with_groups = timm.create_model(name, groups=groups, device="meta")
+    with_groups = timm.create_model(name, groups=[conv.groups for conv in convs.values()], device="meta")
     assert {key: value.shape for key, value in with_groups.state_dict().items()} == fixed_shapes
 
 
