@@ -125,7 +125,17 @@ def main() -> None:
             lines.append(f"| {name} | not run: {error} | | | | | | | |")
         print(lines[-1], flush=True)
     if args.output:
-        (args.output / "groupable.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        used = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+        text = [
+            "# Networks whose convolutions learn their groups",
+            "",
+            *(__doc__ or "").splitlines(),
+            "",
+            used,
+            "",
+            *lines,
+        ]
+        (args.output / "groupable.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
