@@ -164,10 +164,10 @@ def original_state_dict(model: torch.nn.Module, key0: int) -> dict[str, torch.Te
     return {name: original_value(name, shapes[name], key0 + n) for n, name in enumerate(sorted(shapes))}
 
 
-def trained(**kwargs: Any) -> nn.Module:
+def trained(name: str = "test_g_resnext", **kwargs: Any) -> nn.Module:
     """A model with statistics and gates as after a training, still in training mode."""
     torch.manual_seed(0)
-    model = timm.create_model("test_g_resnext", **kwargs)
+    model = timm.create_model(name, **kwargs)
     with torch.no_grad():
         for module in model.modules():
             if getattr(module, "running_mean", None) is not None:

@@ -83,6 +83,19 @@ def test_is_the_same_function(kwargs: dict[str, Any], others: list[str], in_eval
             assert sum(p.numel() for p in form.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"features_only": True}, {"aa_layer": BlurPool2d, "drop_block_rate": 0.1}], ids=str
+)
+def test_basic_blocks_are_the_same_function(kwargs: dict[str, Any], x: torch.Tensor) -> None:
+    """They keep the orders of channels at the residual stream."""
+    model = trained("test_g_resnet", **kwargs).double().eval()
+    form, deployed = compact(model), reparameterize_model(model)
+    for other in (form, deployed, reparameterize_model(form)):
+        assert_close(other(x.double()), model(x.double()), rtol=1e-10, atol=1e-10)
+        assert 0 < num_orders(other) < sum(conv.to_group_conv().num_orders() for conv in group_layers(model).values())
+    assert "BatchNorm2d" not in kinds(deployed)
+
+
 # The compact form
 
 
@@ -313,9 +326,12 @@ def test_half_precision_is_folded_in_float64(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_script_pickle_and_export(x: torch.Tensor) -> None:
-    model = trained().eval()
-    form = reparameterize_model(model)
+@pytest.mark.parametrize(
+    ("name", "form_of"), [("test_g_resnext", reparameterize_model), ("test_g_resnet", compact)], ids=str
+)
+def test_script_pickle_and_export(name: str, form_of: Callable[[nn.Module], nn.Module], x: torch.Tensor) -> None:
+    model = trained(name).eval()
+    form = form_of(model)
     file = io.BytesIO()
     torch.save(form, file)
     file.seek(0)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class GroupConv2d(nn.Conv2d):
@@ -45,12 +46,11 @@ class GroupConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the input."""
-        if self.in_order is not None:
-            input = input.index_select(-3, self.in_order)
-        output = super().forward(input)
-        if self.out_order is not None:
-            output = output.index_select(-3, self.out_order)
-        return output
+        in_order, out_order = self.in_order, self.out_order  # torch.jit.script narrows local variables only
+        if in_order is not None:
+            input = input.index_select(-3, in_order)
+        output = F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return output if out_order is None else output.index_select(-3, out_order)
 
     def fuse(self) -> nn.Conv2d:
         """Return the module for inference, as `timm.utils.reparameterize_model` requests it.
