@@ -165,7 +165,7 @@ def test_reasons(conv: nn.Conv2d, reason: str) -> None:
     ("model", "where", "error", "words"),
     [
         (lambda: nn.Linear(2, 2), None, ValueError, "Linear has no convolution to convert"),
-        (lambda: nn.Conv2d(8, 8, 1), None, ValueError, "Conv2d has no convolution to convert; it: its kernel is 1x1"),
+        (lambda: nn.Conv2d(8, 8, 1), None, ValueError, "Conv2d has no convolution to convert: its kernel is 1x1"),
         (lambda: groupable(create("test_resnet")), None, ValueError, "has DGConv2d layers already"),
         (lambda: create("g_resnext50"), None, ValueError, "has DGConv2d layers already"),
         (

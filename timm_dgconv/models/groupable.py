@@ -1,5 +1,6 @@
 """Let the convolutions of any network learn their groups."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -62,8 +63,8 @@ def groupable(model: nn.Module, where: Where | None = None) -> nn.Module:
             raise ValueError(f"{type(model).__name__} has DGConv2d layers already, and no other convolution to convert")
         if any(isinstance(module, GroupConv2d) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} is compact; use groupable before timm_dgconv.compact")
-        first = next((f"; {name or 'it'}: {reason}" for name, reason in skipped.items()), "")
-        raise ValueError(f"{type(model).__name__} has no convolution to convert{first}")
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(skipped.values()).most_common(3))
+        raise ValueError(f"{type(model).__name__} has no convolution to convert: {reasons or 'it has none'}")
     for conv in chosen:
         _convert(conv)
     share_reader(module for module in model.modules() if isinstance(module, DGConv2d))
