@@ -42,6 +42,7 @@ from torch import nn
 from timm_dgconv import compact, constrained_loss, demo, group_report, layer_groups
 from timm_dgconv.layers.dgconv import PRETRAINED_GATE, DGConv2d
 from timm_dgconv.models.compact import group_layers
+from timm_dgconv.report import trace
 
 DATA: dict[str, Any] = dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
 NETS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,9 @@ LEARNED: dict[str, dict[str, Any]] = {
 }
 """Variants with gates that learn, with arguments of `timm.create_model`. "paper" minimises `constrained_loss`."""
 COMPARED = ["fixed", "random", "held", "paper"]
-VARIANTS = ["dense", *COMPARED, "pruned", *(name for name in LEARNED if name not in COMPARED)]
+PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4}
+"""Variants that are pruned, with their share of the dense network's multiply-adds. None is the share of "fixed"."""
+VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in LEARNED if name not in COMPARED)]
 SETTLE = 0.6
 """The part of the training after which settled gates stand still."""
 
@@ -82,9 +85,9 @@ def runs(model: str, seeds: Sequence[int], quick: bool) -> list[Run]:
         return [Run(model, *name, seeds[0]) for name in names]
     if model == "g_resnet18":
         names = [("scratch", "dense", 1.0), ("dense", "dense", 1.0)]
-        names += [("dense", name, 1 / 4) for name in ("fixed", "held", "held, settled", "pruned")]
+        names += [("dense", name, 1 / 4) for name in ("fixed", "held", "held, settled", *PRUNED)]
         return [Run(model, *name, seed) for name in names for seed in seeds]
-    names += [("dense", "dense", 1.0), *(("dense", name, 1 / 8) for name in [*COMPARED, "pruned"])]
+    names += [("dense", "dense", 1.0), *(("dense", name, 1 / 8) for name in [*COMPARED, *PRUNED])]
     names += [("scratch", name, 1 / 32) for name in ("fixed", "held", "paper")]
     names += [("dense", name, 1 / 32) for name in ("fixed", "held", "pruned")]
     names += [("scratch", name, 1 / 8) for name in LEARNED if name not in COMPARED]
@@ -109,7 +112,7 @@ def build(run: Run, dense: dict[str, torch.Tensor], steps: int) -> nn.Module:
         model.load_state_dict(dense)
     if dense or run.variant not in LEARNED:
         set_gates(model)
-    if run.variant == "pruned":
+    if run.variant in PRUNED:
         return prune(model, run)
     if run.variant not in LEARNED:
         close_gates(model, run.target, shuffle=run.variant == "random")
@@ -146,7 +149,7 @@ def close_gates(model: nn.Module, density: float, shuffle: bool) -> None:
 
 
 def prune(model: nn.Module, run: Run) -> nn.Module:
-    """Prune the channels of smallest magnitude, to the multiply-adds of fixed groups at the target."""
+    """Prune the channels of smallest magnitude, to a share of the multiply-adds."""
     import torch_pruning
 
     example = torch.zeros(1, *DATA["input_size"])
@@ -154,7 +157,9 @@ def prune(model: nn.Module, run: Run) -> nn.Module:
     for net in (plain, grouped):
         for name, conv in group_layers(net).items():
             net.set_submodule(name, conv.fuse())  # torch-pruning counts a torch.nn.Conv2d, not its subclasses
-    goal, _ = torch_pruning.utils.count_ops_and_params(grouped, example)
+    share = PRUNED[run.variant]
+    goal, _ = torch_pruning.utils.count_ops_and_params(plain if share else grouped, example)
+    goal *= share or 1
 
     def pruned(ratio: float) -> tuple[float, nn.Module]:
         result = copy.deepcopy(plain)
@@ -245,6 +250,8 @@ def gate_pattern(model: nn.Module) -> torch.Tensor:
 
 def snapshot(model: nn.Module, **values: Any) -> bench.Row:
     """Return density, groups and multiply-adds, beside other values."""
+    if not group_layers(model):  # pruned
+        return {"macs": sum(layer.macs for layer in trace(model, DATA["input_size"]).values()), **values}
     report = group_report(model)
     return {"density": report.density, "groups": layer_groups(model), "macs": report.learned.macs, **values}
 
@@ -275,7 +282,7 @@ def table(rows: list[bench.Row]) -> str:
     for start, target, variant in dict.fromkeys((row["start"], row["target"], row["variant"]) for row in rows):
         histories = select(rows, start, variant, target)
         cells = [start, f"1/{1 / target:.0f}", variant, str(len(histories))]
-        has_gates = variant != "pruned"
+        has_gates = variant not in PRUNED
         cells.append(f"{100 * mean(histories, 'density'):.1f}" if has_gates else "")
         cells.append(f"{mean(histories, 'macs') / 1e6:.2f}")
         for name in ("top1", "top1_averaged"):
@@ -298,7 +305,7 @@ def plot(rows: list[bench.Row], path: Path) -> None:
     colors = {variant: f"C{n}" for n, variant in enumerate(VARIANTS)}
     titles = {"scratch": "from scratch", "dense": "from a trained dense network"}
     for (start, title), (accuracy, groups) in zip(titles.items(), axes.T, strict=False):
-        for variant, marker in zip(["dense", *COMPARED, "pruned"], "*sxo^P", strict=True):
+        for variant, marker in zip(["dense", *COMPARED, *PRUNED], "*sxo^PP", strict=True):
             found = [found for target in targets if (found := select(rows, start, variant, target))]
             if not found:
                 continue

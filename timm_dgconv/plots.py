@@ -212,7 +212,10 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     for n, layer in enumerate(layers[1:], start=1):
         if layer.stage != layers[n - 1].stage:
             above.axhline(n, color="black", linewidth=0.8)
-    above.set_yticks([n + 0.5 for n in range(len(layers))], [layer.name.removesuffix(".conv2") for layer in layers])
+    names = [layer.name for layer in layers]
+    if all(name.endswith(".conv2") for name in names):  # one layer per block
+        names = [name.removesuffix(".conv2") for name in names]
+    above.set_yticks([n + 0.5 for n in range(len(layers))], names)
     above.tick_params(axis="both", length=0)
     above.invert_yaxis()
     bar = figure.colorbar(
@@ -232,7 +235,7 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
         # The space below the color bar is free.
         below.annotate("ResNeXt", (1, 100 * fixed), va="center", **beside).set_in_layout(False)
     below.set(ylabel="connections,\n% of dense", xlim=(0, count), xlabel=history.axis)
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.05 * max(below.get_ylim()))
     every = math.ceil((2 if upright else letters) * _CHARACTER / column)  # one label per so many checkpoints
     below.set_xticks(places[::every], history.labels[::every])
     below.tick_params(axis="x", rotation=90 if upright else 0)
