@@ -327,7 +327,9 @@ def test_half_precision_is_folded_in_float64(dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("name", "form_of"), [("test_g_resnext", reparameterize_model), ("test_g_resnet", compact)], ids=str
+    ("name", "form_of"),
+    [("test_g_resnext", reparameterize_model), ("test_g_resnet", compact)],
+    ids=["deployed", "compact"],
 )
 def test_script_pickle_and_export(name: str, form_of: Callable[[nn.Module], nn.Module], x: torch.Tensor) -> None:
     model = trained(name).eval()
