@@ -28,7 +28,7 @@ TESTS = (
     "forward_fx_torchscript",
 )
 SMALL = ("g_resnext50", "test_g_resnet", "test_g_resnext")
-LARGE = ("g_resnet18", "g_resnet50", "g_resnext101")  # most of the time, and up to 10 GB of memory
+LARGE = ("g_densenet121", "g_resnet18", "g_resnet50", "g_resnext101")  # most of the time, and up to 10 GB of memory
 
 
 class Suite(NamedTuple):
@@ -83,7 +83,8 @@ def test_timm_model_tests_pass(models: tuple[str, ...], suite: Suite) -> None:
     # The tags of the large models are made as those of g_resnext50.
     names = [f"{model}." for model in models if models is SMALL] + [f"{model}]" for model in models]
     # The pretrained tests download other models' weights.
-    selected = f"({' or '.join(names)}) and not pretrained"
+    # timm expects the same bits of a graph, which has the masked dense form. A ResNet has them at its initialisation.
+    selected = f"({' or '.join(names)}) and not pretrained and not (forward_fx and g_densenet121)"
     command = [sys.executable, "-m", "pytest", "tests/test_models.py", "-k", selected]
     # Without the plugin for timeouts: timm's two minutes a test are meant for other machines.
     command += ["-p", "no:cacheprovider", "-p", "no:timeout", "--junitxml=results.xml"]
@@ -95,5 +96,9 @@ def test_timm_model_tests_pass(models: tuple[str, ...], suite: Suite) -> None:
     # A name is test_model_forward[1-g_resnext50] or test_model_default_cfgs[1-g_resnext50.dgconv_in1k].
     names = [case.get("name", "").rstrip("]").split(".")[0] for case in cases]
     ran = {(name.split("[")[0], name.split("-")[-1]) for name in names}
-    tests = TESTS if models is SMALL else set(TESTS) - {"default_cfgs"}
-    assert {(f"test_model_{test}", model) for test in tests for model in models} <= ran
+    expected = {(f"test_model_{test}", model) for test in TESTS for model in models}
+    if models is LARGE:  # the DenseNet of the oldest timm has no forward_intermediates
+        left_out = [test for test in TESTS if "intermediates" in test or test.startswith("forward_fx")]
+        expected -= {(f"test_model_{test}", "g_densenet121") for test in left_out}
+        expected -= {("test_model_default_cfgs", model) for model in models}
+    assert expected <= ran
