@@ -1,4 +1,4 @@
-"""The examples and commands of the README and the model cards work.
+"""The examples and commands of the README, the pages in docs/ and the model cards work.
 
 Python blocks run as they are. Commands that need ImageNet are parsed by timm's scripts. Docstrings run as doctests.
 """
@@ -27,6 +27,7 @@ from timm_dgconv.cli import main
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = (README, *sorted(ROOT.glob("docs/*.md")))
 CARDS = sorted(ROOT.glob("hub_configs/*/README.md"))
 SCRIPTS = os.environ.get("TIMM_SCRIPTS_DIR")
 
@@ -40,9 +41,10 @@ def commands(page: Path) -> list[str]:
     return [command.strip() for line in lines for command in line.split("&&")]
 
 
-def named(program: str, page: Path = README) -> list[str]:
-    """The commands of a page that run this program."""
-    return [command for command in commands(page) if command.split()[0] == program]
+def named(program: str, *pages: Path) -> list[str]:
+    """The commands of these pages, or of README and docs/, that run this program."""
+    found = [command for page in pages or PAGES for command in commands(page) if command.split()[0] == program]
+    return list(dict.fromkeys(found))
 
 
 RUN = """
@@ -84,14 +86,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def test_readme(hub: dict[str, str]) -> None:
-    """It runs, and `pretrained=True` computes the same as timm's ResNeXt and ResNet."""
-    run_python(hub, RUN, [*blocks(README, "python"), SAME_OUTPUTS, ""])
+    """Its code and the code of docs/ runs, and `pretrained=True` computes the same as timm's ResNeXt and ResNet."""
+    run_python(hub, RUN, [*(code for page in PAGES for code in blocks(page, "python")), SAME_OUTPUTS, ""])
 
 
 def test_links_of_the_pages() -> None:
-    for page in (README, CONTRIBUTING):
-        links = re.findall(r"\]\((?!http|#)([^)]+)\)", page.read_text(encoding="utf-8"))
-        assert all((ROOT / link).exists() for link in links)
+    for page in (*PAGES, CONTRIBUTING):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), (page, link)
 
 
 @pytest.mark.parametrize("name", ["g_resnext50", "resnext50_32x4d"])
@@ -147,7 +149,7 @@ def test_demo(tmp_path: Path) -> None:
 
 
 def test_extras() -> None:
-    asked = {extra for command in commands(README) for extra in re.findall(r"\[([\w,]+)\]", command)}
+    asked = {extra for page in PAGES for command in commands(page) for extra in re.findall(r"\[([\w,]+)\]", command)}
     known = set(importlib.metadata.metadata("timm-dgconv").get_all("Provides-Extra") or [])
     assert {extra for several in asked for extra in several.split(",")} <= known
     assert {"demo", "test"} <= asked
@@ -172,9 +174,7 @@ for command in json.loads(sys.argv[2]):
 
 
 def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = [
-        command for page in (README, CONTRIBUTING) for command in named("python", page) if "benchmarks/" in command
-    ]
+    found = [command for command in named("python", *PAGES, CONTRIBUTING) if "benchmarks/" in command]
     assert found
     for script, *args in (shlex.split(command)[1:] for command in found):
         monkeypatch.setattr(sys, "argv", [script, *args, "--help"])
@@ -186,7 +186,7 @@ def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_every_program_is_tested() -> None:
-    programs = {command.split()[0] for page in (README, *CARDS) for command in commands(page)}
+    programs = {command.split()[0] for page in (*PAGES, *CARDS) for command in commands(page)}
     assert programs <= {"pip", "pytest", "python", "timm-dgconv", "torchrun", "nox"}
 
 

@@ -36,7 +36,7 @@ class GroupableBasicBlock(BasicBlock):
         """Build the block with the arguments of timm's BasicBlock."""
         super().__init__(*args, **kwargs)
         for conv in (self.conv1, self.conv2):
-            groupable(conv)
+            groupable(conv, where=lambda *_: True)
             conv.reset_gate()
 
     def fuse(self) -> nn.Module:
