@@ -136,10 +136,18 @@ def test_hooks_see_the_channels_as_they_are() -> None:
     assert_close(seen[-4], seen[-3])
 
 
-def test_features_stay_as_they_are() -> None:
+@pytest.mark.parametrize(
+    ("info", "orders"),
+    [
+        ([dict(num_chs=C, reduction=1, module="norm")], 1),
+        (["of", "a", "user"], 0),
+        (lambda: "a method, as in the blocks of EfficientNet", 0),
+    ],
+)
+def test_features_stay_as_they_are(info: Any, orders: int) -> None:
     model = Net(lambda net, x: net.last(net.norm(net.group(net.first(x)))), norm=nn.BatchNorm2d(C))
-    model.feature_info = [dict(num_chs=C, reduction=1, module="norm")]  # type: ignore[assignment]
-    check(model, 1)
+    model.feature_info = info
+    check(model, orders)
 
 
 def test_tied_weights_stay_as_they_are() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import timm.layers
 import torch
+from timm.models import FeatureInfo
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules import activation, batchnorm, dropout, instancenorm, pooling
@@ -80,8 +81,10 @@ def absorb_orders(model: nn.Module) -> None:
     """
     opaque = set()
     for module in model.modules():
-        names = {info.get("module") for info in getattr(module, "feature_info", ()) if isinstance(info, dict)}
-        opaque |= {child for name, child in module.named_modules() if name in names}
+        infos = getattr(module, "feature_info", None)
+        if isinstance(infos, list | FeatureInfo):
+            names = {info.get("module") for info in infos if isinstance(info, dict)}
+            opaque |= {child for name, child in module.named_modules() if name in names}
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = (m for m in model.modules() if any(owners[id(p)] > 1 for p in m.parameters(recurse=False)))
     _absorb_in(model, opaque | set(tied))
