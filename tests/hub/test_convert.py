@@ -102,7 +102,10 @@ def test_forms_of_checkpoints(
     options = ["--compact"] if compact else []
     assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
     assert names(tmp_path) == ["out", "source"]
-    assert names(out) == ["README.md", "config.json", "model.safetensors"]
+    assert names(out) == ["README.md", "config.json", "groups.png", "model.safetensors"]
+    first = tiny.layer1[0].conv2
+    row = rf"\| layer1\.0\.conv2 \| {first.in_channels} -> {first.out_channels} \| {first.num_groups} \|"
+    assert re.search(row, (out / "README.md").read_text())
     assert ("The numbers of groups per layer are" in (out / "README.md").read_text()) is compact
     printed = capsys.readouterr().out
     for path in out.iterdir():

@@ -21,7 +21,7 @@ from timm_dgconv.hub.convert import reload
 from timm_dgconv.hub.model import BASELINE
 
 TINY = "test_g_resnext.mine"
-FILES = ["README.md", "config.json", "model.safetensors"]
+FILES = ["README.md", "config.json", "groups.png", "model.safetensors"]
 COMMANDS = """
 import contextlib, io, json, sys
 from timm_dgconv.cli import main

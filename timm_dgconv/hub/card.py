@@ -12,7 +12,7 @@ from timm_dgconv.hub.model import BASELINE, RESNEXT_PAPER
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.compact import layer_groups
 from timm_dgconv.models.sources import FAMILIES, SOURCES, family
-from timm_dgconv.report import trace
+from timm_dgconv.report import GroupReport, trace
 
 
 def fixed_groups(model: nn.Module) -> list[int]:
@@ -37,11 +37,13 @@ def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> _Stats:
     return _Stats(params / 1e6, sum(t.macs for t in traces) / 1e9, sum(t.activations for t in traces) / 1e6)
 
 
-def model_card(model: Any) -> str:
+def model_card(model: Any, report: GroupReport | None = None, figure: str | None = None) -> str:
     """Return the text of the model card.
 
     Args:
         model: A model with a pretrained_cfg that has an architecture and a tag. It may be on the meta device.
+        report: The groups of its layers, if they are known.
+        figure: Name of the file with a figure of the groups.
     """
     cfg = model.pretrained_cfg
     architecture, tag, size = cfg["architecture"], cfg["tag"], cfg["input_size"]
@@ -76,7 +78,7 @@ def model_card(model: Any) -> str:
     content = {
         "tags": ["image-classification", "timm", *([] if name == BASELINE else ["timm-dgconv"])],
         "license": cfg.get("license") or "unknown",
-        "description": _description(name, groups),
+        "description": _description(name, groups) + ("" if report is None else _groups(report, figure)),
         "details": details,
         "usage": _usage(model, name),
         "citation": _CITATION,
@@ -117,6 +119,24 @@ def _description(name: str, groups: list[int]) -> str:
             f"layer are {', '.join(map(str, groups))}."
         )
     return text
+
+
+def _groups(report: GroupReport, figure: str | None) -> str:
+    """Return a table of the groups and of what they save."""
+    lines = ["| layer | channels | groups | parameters | with one group |", "|---|---|---|---|---|"]
+    for layer in report.layers:
+        cells = (layer.name, f"{layer.in_channels} -> {layer.out_channels}", str(layer.groups))
+        lines.append(f"| {' | '.join(cells)} | {layer.learned.params:,} | {layer.dense.params:,} |")
+    learned, dense = (
+        f"{cost.params / 1e6:.1f} M parameters and {cost.macs / 1e9:.2f} GMACs"
+        for cost in (report.learned, report.dense)
+    )
+    text = (
+        f"The layers keep {100 * report.density:.1f} % of the connections of dense layers. The whole network has "
+        f"{learned} with these groups, and {dense} with one group in each of these layers."
+    )
+    picture = [] if figure is None else ["", f"![groups]({figure})"]
+    return "\n\n" + "\n".join([text, "", *lines, *picture])
 
 
 def _usage(model: Any, name: str) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,15 @@ import torch
 from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor, nn
 
-from timm_dgconv import _compat
+from timm_dgconv import _compat, plots
 from timm_dgconv.hub import card
 from timm_dgconv.hub.checkpoint import WEIGHTS
 from timm_dgconv.hub.model import BASELINE, Checkpoint, create, resolve
 from timm_dgconv.models.compact import compact as compact_model
+from timm_dgconv.models.compact import group_layers
+from timm_dgconv.report import group_report
 
-CONFIG, CARD = "config.json", "README.md"
+CONFIG, CARD, FIGURE = "config.json", "README.md", "groups.png"
 
 
 class File(NamedTuple):
@@ -123,7 +126,7 @@ def list_files(folder: Path) -> list[File]:
     """Return the files of a converted folder."""
     return [
         File(path.name, path.stat().st_size, sha256(path))
-        for path in (folder / CONFIG, folder / WEIGHTS, folder / CARD)
+        for path in (folder / CONFIG, folder / WEIGHTS, folder / CARD, folder / FIGURE)
         if path.is_file()
     ]
 
@@ -143,7 +146,7 @@ def _outputs(model: nn.Module) -> Tensor:
 
 
 def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | None = None) -> None:
-    """Write config.json and model card."""
+    """Write config.json, and a model card with the groups if the model has values."""
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     args = dict(model_kwargs or {})
     if stem.in_channels != 3:
@@ -156,4 +159,10 @@ def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | 
     # timm >= 1.0.31 stores the number of classes twice, and transformers fails if it is in `model_args`.
     config.get("model_args", {}).pop("num_classes", None)
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / CARD).write_text(card.model_card(model), encoding="utf-8")
+    report = None
+    if any(not layer.weight.is_meta for layer in group_layers(model).values()):
+        report = group_report(model)
+        if find_spec("matplotlib"):  # the extra `plot`
+            plots.draw(report, folder / FIGURE)
+    figure = FIGURE if (folder / FIGURE).exists() else None
+    (folder / CARD).write_text(card.model_card(model, report, figure), encoding="utf-8")
