@@ -41,6 +41,13 @@ def clients(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages in site/. A link or an anchor that does not exist is an error."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def slow(session: nox.Session) -> None:
     """Run the tests that take longer."""
     session.install("-e", ".[test]")
