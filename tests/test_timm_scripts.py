@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     "TIMM_SCRIPTS_DIR" not in os.environ, reason="TIMM_SCRIPTS_DIR is not set to a checkout of timm's repository"
 )
 
+RECIPES = Path(__file__).parents[1] / "hub_configs"
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "grey": (128, 128, 128), "red": (200, 60, 60)}
 IMAGES = {"train": 16, "validation": 8}  # per class
 
@@ -106,6 +107,14 @@ def test_train(trained: Run) -> None:
     assert len(evaluations(trained.log)) == 2
     of_average = evaluations(trained.log, "Test (EMA)")
     assert [(round(loss, 3), top1) for loss, top1 in trained.epochs.values()] == of_average
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*/args.yaml")), ids=lambda recipe: recipe.parent.name)
+def test_train_with_a_recipe(recipe: Path, images: Path, tmp_path: Path) -> None:
+    few = ["--batch-size", "16", "--epochs", "1", "--amp-dtype", "bfloat16"]
+    run = train(images, tmp_path / "run", "--config", recipe, *DATA, *CPU, *few)
+    assert list(run.epochs) == [0]
+    assert f"Model {recipe.parent.name.replace('.', '_')} created" in run.log
 
 
 def test_train_resumes(trained: Run, images: Path, tmp_path: Path) -> None:

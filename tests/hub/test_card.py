@@ -15,6 +15,7 @@ from timm_dgconv.hub.model import BASELINE
 
 HUB_CONFIGS = Path(__file__).parents[2] / "hub_configs"
 NAMES = ["g_resnext50.dgconv_in1k", "g_resnext101.dgconv_in1k", BASELINE]
+FINE_TUNED = ["g_resnext50.resnext_a1h_in1k", "g_resnet50.resnet_a1_in1k"]  # they have a recipe only
 RECORDS_ARGS = hasattr(timm.models, "get_model_args")  # in config.json, timm >= 1.0.31
 
 
@@ -25,14 +26,18 @@ def names(folder: Path) -> list[str]:
 def test_hub_configs_are_complete() -> None:
     ours = [name for arch in ("g_resnext50", "g_resnext101") for name in timm.models.get_arch_pretrained_cfgs(arch)]
     own = [name for name in ours if not name.split(".")[1].startswith("resnext_")]
-    assert names(HUB_CONFIGS) == sorted([*own, BASELINE]) == sorted(NAMES)
+    assert sorted([*own, BASELINE]) == sorted(NAMES)
+    assert names(HUB_CONFIGS) == sorted([*NAMES, *FINE_TUNED])
+    assert all(names(HUB_CONFIGS / name) == ["args.yaml"] for name in FINE_TUNED)
+    assert set(FINE_TUNED) <= set(timm.list_pretrained())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hub_config(name: str, tmp_path: Path) -> None:
     """The files are as `describe` writes them, the config also as timm writes it and as in default_cfgs."""
     describe(name, tmp_path)
-    assert names(HUB_CONFIGS / name) == names(tmp_path) == ["README.md", "config.json"]
+    assert names(tmp_path) == ["README.md", "config.json"]
+    assert names(HUB_CONFIGS / name) == ["README.md", *([] if name == BASELINE else ["args.yaml"]), "config.json"]
     rewrite = f"write it again: timm_dgconv.hub.convert.describe({name!r}, Path('hub_configs/{name}'))"
     assert (tmp_path / "README.md").read_bytes() == (HUB_CONFIGS / name / "README.md").read_bytes(), rewrite
     config = json.loads((HUB_CONFIGS / name / "config.json").read_text())
