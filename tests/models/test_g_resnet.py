@@ -182,6 +182,8 @@ def test_config_has_no_training_arguments(tmp_path: Path) -> None:
 
 
 def test_device_and_dtype() -> None:
+    with torch.device("meta"):  # as transformers does
+        assert timm.create_model("test_g_resnext", groups=2).layer1[0].conv2.weight.is_meta
     model = timm.create_model("test_g_resnext", device="meta", dtype=torch.bfloat16)
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in model.parameters())
     model = create(dtype=torch.float64)

@@ -179,23 +179,23 @@ class DGConv2d(nn.Conv2d):
             ValueError: If `groups` does not divide the channel counts.
             RuntimeError: As `closed`.
         """
+        weight, bias, orders = self.weight, self.bias, None
         if groups is None:
             groups = self.num_groups
             in_order, out_order = (
                 grouping.channel_order(self.gate, channels, self.sort)
                 for channels in (self.in_channels, self.out_channels)
             )
-        else:
-            if groups < 1 or self.in_channels % groups or self.out_channels % groups:
-                raise ValueError(
-                    f"groups={groups} does not divide the {self.in_channels} -> {self.out_channels} channels"
-                )
-            in_order, out_order = torch.arange(self.in_channels), torch.arange(self.out_channels)
+            weight, bias = weight[out_order][:, in_order], None if bias is None else bias[out_order]
+            orders = in_order, out_order.argsort()
+        elif groups < 1 or self.in_channels % groups or self.out_channels % groups:
+            raise ValueError(f"groups={groups} does not divide the {self.in_channels} -> {self.out_channels} channels")
         result: GroupConv2d = group_conv_like(self, groups)
-        result.weight.copy_(grouping.group_blocks(self.weight[out_order][:, in_order], groups).flatten(0, 1))
-        if self.bias is not None and result.bias is not None:
-            result.bias.copy_(self.bias[out_order])
-        result.set_orders(in_order, out_order.argsort())
+        result.weight.copy_(grouping.group_blocks(weight, groups).flatten(0, 1))
+        if bias is not None and result.bias is not None:
+            result.bias.copy_(bias)
+        if orders is not None:
+            result.set_orders(*orders)
         return result
 
     def fuse(self) -> nn.Conv2d:
