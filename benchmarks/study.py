@@ -339,7 +339,8 @@ def plot(rows: list[bench.Row], path: Path) -> None:
     flips.set(title="from scratch, 1/8 of the connections", xlabel="epoch", ylabel="flips of gates", yscale="symlog")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False, handlelength=3)
+        if axis.lines:
+            axis.legend(fontsize=7, frameon=False, handlelength=3)
     figure.savefig(path, dpi=150)
 
 
