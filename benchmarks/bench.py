@@ -2,13 +2,13 @@
 
     python benchmarks/bench.py train                              # forward and backward
     python benchmarks/bench.py sgd --model g_resnext101           # with an optimizer step
-    python benchmarks/bench.py infer --compile --forms learnable deployed
+    python benchmarks/bench.py infer --forms deployed --runtimes eager torch.compile onnxruntime openvino
     python benchmarks/bench.py memory                             # peak memory of training
     python benchmarks/bench.py layers --json layers.json --plot layers.png
 
 Each round measures every network once, so that a slow minute of the machine affects all of them alike. The output is
 one row per network and memory format: the median time, and the median and quartiles over the rounds of the ratio to
-the network of timm (layers: to torch.nn.Conv2d with the same groups).
+the network of timm in the first runtime (layers: to torch.nn.Conv2d with the same groups).
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub.utils import tqdm
+from runtimes import RUNTIMES
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
@@ -76,6 +77,8 @@ def set_groups(module: nn.Module, groups: int, permuted: bool = False) -> None:
 def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Module:
     """Build a timm model. A model of this package gets this number of groups in each layer and one of the `FORMS`."""
     model = timm.create_model(name)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.ones_(norm.weight)  # timm starts the last norm of a block at 0, which hides the block
     set_groups(model, groups, permuted)
     if form == "frozen":
         freeze_groups(model)
@@ -167,11 +170,11 @@ def _layer_step(layer: nn.Conv2d, x: Tensor, grad: Tensor, spans: Spans | None =
 
 
 def networks(args: argparse.Namespace) -> list[Row]:
-    """Measure a training step or inference of each network in each memory format.
+    """Measure a training step or inference of each network in each runtime and memory format.
 
-    Rows of inference contain the largest difference of the logits to the learnable form, relative to its largest logit.
+    Rows of inference contain the largest difference of the logits to the learnable form in eager torch, relative to its
+    largest logit.
     """
-    baseline = BASELINES[args.model]
     device = torch.device(args.device)
     autocast: Any = nullcontext
     if args.dtype != "float32":
@@ -180,65 +183,66 @@ def networks(args: argparse.Namespace) -> list[Row]:
     for name in args.formats:
         x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
         x = x.to(memory_format=FORMATS[name])
-        calls: dict[str, Callable[[], Any]] = {}
-        outputs: dict[str, Tensor] = {}
-        for label, (model, form) in _labels(args).items():
+
+        def prepared(model: str, form: str, x: Tensor = x, name: str = name) -> nn.Module:
             torch.manual_seed(0)
-            net: Any = build(model, form, args.groups, args.permuted).train(args.what != "infer")
-            net.to(device, memory_format=FORMATS[name])
-            run: Any = torch.compile(net) if args.compile else net
-            if args.onnxruntime:
-                run = _in_onnxruntime(net, x)
+            net = build(model, form, args.groups, args.permuted).train(args.what != "infer")
+            return net.to(x.device, memory_format=FORMATS[name])
+
+        calls: dict[str, Callable[[], Any]] = {}
+        differences: dict[str, float] = {}
+        reference = _infer(prepared(args.model, "learnable"), x, autocast).float() if args.what == "infer" else x
+        for label, (model, form, runtime) in _labels(args).items():
+            net = prepared(model, form)
+            run = RUNTIMES[runtime](net, x)
             if args.what == "infer":
                 calls[label] = partial(_infer, run, x, autocast)
                 if form:
-                    outputs[label] = calls[label]().float()
+                    difference = (calls[label]().float() - reference).abs().max() / reference.abs().max()
+                    differences[label] = difference.item()
             else:
                 optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if args.what == "sgd" else None
-                calls[label] = partial(_train, run, x, autocast, optimizer)
+                calls[label] = partial(_train, run, net, x, autocast, optimizer)
         times = interleave(calls, args.rounds, args.device, f"{args.model}, {args.what}, {name}")
+        baseline = next(iter(calls))
         for label, seconds in times.items():
-            row = dict(model=label, what=args.what, format=name, dtype=args.dtype, compiled=args.compile)
+            row = dict(model=label, what=args.what, format=name, dtype=args.dtype)
             row.update(batch=args.batch_size, image=args.img_size, groups=args.groups, permuted=args.permuted)
             row.update(summary(seconds, times[baseline]))
-            if label in outputs:
-                reference = outputs.get(f"{args.model}, learnable", outputs[label])
-                row["largest_difference"] = float((outputs[label] - reference).abs().max() / reference.abs().max())
+            if label in differences:
+                row["largest_difference"] = differences[label]
             rows.append(row)
     best = {row["model"]: math.inf for row in rows}
     for row in rows:
         best[row["model"]] = min(row["ms"], best[row["model"]])
     for row in rows:
-        row["ratio_of_better_formats"] = round(best[row["model"]] / best[baseline], 3)
+        row["ratio_of_better_formats"] = round(best[row["model"]] / best[rows[0]["model"]], 3)
     return rows
 
 
-def _labels(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Return name and form of the networks by the label of their rows. The network of timm comes first."""
+def _labels(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
+    """Return name, form and runtime of the networks by the label of their rows. The network of timm comes first."""
     only_inference = ("compact", "deployed")
     forms = args.forms or [form for form in FORMS if form not in only_inference or args.what == "infer"]
-    labels = {name: (name, "") for name in (BASELINES[args.model], *args.others)}
-    return labels | {f"{args.model}, {form}": (args.model, form) for form in forms}
+    nets = {name: (name, "") for name in (BASELINES[args.model], *args.others)}
+    nets |= {f"{args.model}, {form}": (args.model, form) for form in forms}
+    return {
+        label if runtime == "eager" else f"{label}, {runtime}": (*net, runtime)
+        for label, net in nets.items()
+        for runtime in args.runtimes
+    }
 
 
-def _in_onnxruntime(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the network as a function that ONNX Runtime computes."""
-    import onnxruntime
-
-    program: Any = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-
-def _infer(net: Callable[[Tensor], Tensor], x: Tensor, autocast: Any) -> Tensor:
+def _infer(run: Callable[[Tensor], Tensor], x: Tensor, autocast: Any) -> Tensor:
     with torch.inference_mode(), autocast():
-        return net(x)
+        return run(x)
 
 
-def _train(net: nn.Module, x: Tensor, autocast: Any, optimizer: torch.optim.Optimizer | None) -> None:
+def _train(
+    run: Callable[[Tensor], Tensor], net: nn.Module, x: Tensor, autocast: Any, optimizer: torch.optim.Optimizer | None
+) -> None:
     with autocast():
-        loss = net(x).float().square().mean()
+        loss = run(x).float().square().mean()
     loss.backward()
     if optimizer is not None:
         optimizer.step()
@@ -248,7 +252,7 @@ def _train(net: nn.Module, x: Tensor, autocast: Any, optimizer: torch.optim.Opti
 def memories(args: argparse.Namespace) -> list[Row]:
     """Measure the peak memory of training each network, each in a new process."""
     rows = []
-    for label, (model, form) in tqdm(_labels(args).items(), desc=f"{args.model}, peak memory", leave=False):
+    for label, (model, form, _) in tqdm(_labels(args).items(), desc=f"{args.model}, peak memory", leave=False):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
             peak = executor.submit(memory, model, args.device, form, args.batch_size, args.img_size, args.groups)
             rows.append({"model": label, "MiB": round(peak.result())})
@@ -368,8 +372,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--img-size", type=int, default=160, metavar="N", help="side of the images in pixels")
     parser.add_argument("--groups", type=int, default=32, metavar="N", help="groups of every layer")
     parser.add_argument("--permuted", action="store_true", help="close random gates, so that channels are permuted")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--onnxruntime", action="store_true", help="use ONNX Runtime, for inference on a CPU")
+    parser.add_argument(
+        "--runtimes",
+        nargs="*",
+        default=["eager"],
+        choices=list(RUNTIMES),
+        metavar="RUNTIME",
+        help=f"programs that run the networks: {', '.join(RUNTIMES)}; training takes the first two",
+    )
     parser.add_argument(
         "--widths", type=int, nargs="*", default=[128, 256, 512, 1024], metavar="C", help="channels of layers"
     )
@@ -385,6 +395,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.plot and args.what != "layers":
         parser.error("--plot draws layers only: python benchmarks/bench.py layers --plot FILE")
+    if args.what != "infer" and not {"eager", "torch.compile"} >= set(args.runtimes):
+        parser.error(f"--runtimes {' '.join(args.runtimes)} is not for training; use eager and torch.compile")
     try:
         if args.plot:
             plots.check(args.plot)
