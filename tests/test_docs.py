@@ -1,6 +1,7 @@
 """The examples and commands of the README, the pages in docs/ and the model cards work.
 
-Python blocks run as they are. Commands that need ImageNet are parsed by timm's scripts. Docstrings run as doctests.
+The Python blocks of a page run as they are, as one program. Commands that need ImageNet are parsed by timm's scripts.
+Docstrings run as doctests.
 """
 
 import importlib.metadata
@@ -28,6 +29,7 @@ from timm_dgconv.cli import main
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = (README, *sorted(ROOT.glob("docs/*.md")))
+DEPLOY = ROOT / "docs" / "deploy.md"
 CARDS = sorted(ROOT.glob("hub_configs/*/README.md"))
 SCRIPTS = os.environ.get("TIMM_SCRIPTS_DIR")
 
@@ -86,8 +88,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def test_readme(hub: dict[str, str]) -> None:
-    """Its code and the code of docs/ runs, and `pretrained=True` computes the same as timm's ResNeXt and ResNet."""
-    run_python(hub, RUN, [*(code for page in PAGES for code in blocks(page, "python")), SAME_OUTPUTS, ""])
+    """Its code and the code of docs/ runs, and `pretrained=True` computes the same as timm's ResNeXt and ResNet.
+
+    Each page is one program. tests/test_clients.py runs the page about deployment, which needs the extra `clients`.
+    """
+    programs = ["\n".join(blocks(page, "python")) for page in PAGES if page != DEPLOY]
+    run_python(hub, RUN, [*programs, SAME_OUTPUTS, ""])
 
 
 def test_links_of_the_pages() -> None:
@@ -164,11 +170,15 @@ import timm
 for command in json.loads(sys.argv[2]):
     place = next(n for n, word in enumerate(command) if word.endswith(".py"))
     args = importlib.import_module(command[place].removesuffix(".py")).parser.parse_args(command[place + 1 :])
-    timm.create_model(args.model, device="meta", **args.model_kwargs)
+    timm.create_model(args.model, device="meta", **vars(args).get("model_kwargs", {}))
 """
     commands = [shlex.split(command) for command in named("python") + named("torchrun")]
     scripts = [words for words in commands if not words[1].startswith("benchmarks/")]
-    assert {word for words in scripts for word in words if word.endswith(".py")} == {"train.py", "validate.py"}
+    assert {word for words in scripts for word in words if word.endswith(".py")} == {
+        "onnx_export.py",
+        "train.py",
+        "validate.py",
+    }
     assert SCRIPTS is not None
     subprocess.run([sys.executable, "-c", code, SCRIPTS, json.dumps(scripts)], check=True)
 
