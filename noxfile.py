@@ -42,9 +42,11 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the pages in site/. A link or an anchor that does not exist is an error."""
-    session.install("-e", ".[docs]")
-    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    """Build the pages in site/, and open them in a browser. A link or an anchor that does not exist is an error."""
+    session.install("-e", ".[docs,test]")
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    session.run("mkdocs", "build", "--strict")
+    session.run("pytest", "tests/test_site.py")
 
 
 @nox.session

@@ -1,0 +1,81 @@
+"""The pages that MkDocs builds work in a browser, on a desktop and on a phone.
+
+    pip install -e ".[docs,test]" && pytest tests/test_site.py
+
+They need Chromium: Debian's package, or ``playwright install chromium``.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; use the extra 'docs'")
+ROOT = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium")
+QUIET = "--disable-background-networking --disable-component-update --disable-sync --no-first-run --no-sandbox"
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Build the pages and serve them."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    subprocess.run(command, cwd=ROOT, check=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", folder
+        server.shutdown()
+
+
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_pages_in_a_browser(site: tuple[str, Path], width: int) -> None:
+    """No page has an error in the console, a missing file, a picture that is not shown, or scrolls to the side."""
+    url, folder = site
+    pages = sorted(folder.rglob("*.html"))
+    assert len(pages) > 15
+    problems: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: problems.append(message.text) if message.type != "log" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"{request.url} failed"))
+        page.on("request", lambda request: problems.append(request.url) if not request.url.startswith(url) else None)
+        page.on("response", lambda response: problems.append(response.url) if response.status >= 400 else None)
+        for path in pages:
+            page.goto(f"{url}/{path.relative_to(folder).as_posix()}", wait_until="networkidle")
+            assert not problems, (path, problems)
+            assert page.evaluate("document.scrollingElement.scrollWidth <= window.innerWidth"), path
+            assert page.evaluate("[...document.images].every(image => image.naturalWidth)"), path
+        browser.close()
+
+
+def test_links(site: tuple[str, Path]) -> None:
+    """Every link inside the site leads to a page, and to an element of it."""
+    _, folder = site
+    texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.html") if path.name != "404.html"}
+    checked = 0
+    for path, text in texts.items():
+        for link in re.findall(r'(?:href|src)="?([^"\s>]+)', text):
+            if urlparse(link).scheme:
+                continue
+            target, anchor = (unquote(part) for part in urldefrag(link))
+            file = (path.parent / target).resolve() if target else path
+            file = file / "index.html" if file.is_dir() else file
+            assert file.is_file(), (path, link)
+            assert not anchor or re.search(rf'id="?{re.escape(anchor)}["\s>]', texts[file]), (path, link)
+            checked += 1
+    assert checked > 500
