@@ -6,6 +6,7 @@ An import happens once per process, so every case runs in a new process.
 import configparser
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,16 @@ def env(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.param == "installed":
         return {}
     return {"PYTHONPATH": str(request.getfixturevalue("wheel_installed"))}
+
+
+def test_description_shows_no_file_of_the_repository(wheel_installed: Path) -> None:
+    """PyPI shows the README without its folder."""
+    (metadata,) = wheel_installed.glob("timm_dgconv-*.dist-info/METADATA")
+    _, _, text = metadata.read_text(encoding="utf-8").partition("\n\n")
+    assert text.startswith("# timm-dgconv\n")
+    assert 'pip install "timm-dgconv[demo]" && timm-dgconv demo' in text
+    assert "](http" in text
+    assert not re.search(r"\]\((?!http)|!\[|the figure", text, re.IGNORECASE)
 
 
 # As installed, and from the wheel.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from timm_dgconv.optim.complexity import freeze_groups as freeze_groups
     from timm_dgconv.report import group_report as group_report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "DGConv2d": "layers.dgconv",
