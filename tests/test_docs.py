@@ -136,6 +136,8 @@ def test_our_commands(
             {"epoch": int(name[-1]) if name[-1].isdigit() else 1, "state_dict": state_dict},
             f"{run_folder}/{name}.pth.tar",
         )
+    Path("g_resnext50_demo").mkdir()
+    safetensors.torch.save_file(state_dict, "g_resnext50_demo/model.safetensors")
     done = []
     for command in named("timm-dgconv"):
         args = [str(path) for arg in shlex.split(command)[1:] for path in ([*sorted(Path().glob(arg))] or [arg])]
