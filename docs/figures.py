@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from timm_dgconv import DGConv2d
+from timm_dgconv.layers.grouping import channel_order
 
 DOCS = Path(__file__).parent
 STYLE: dict[str, Any] = {"font.size": 8, "axes.linewidth": 0.6, "savefig.dpi": 200, "savefig.bbox": "tight"}
@@ -24,15 +25,6 @@ def connectivity(gates: Sequence[int]) -> Tensor:
     with torch.no_grad():
         conv.gate.copy_(torch.tensor(gates) - 0.5)
     return conv.connectivity().detach()
-
-
-def groups(gates: Sequence[int]) -> Tensor:
-    """Return the channels by their group: closed bits count first, then open bits."""
-    bits = range(len(gates))[::-1]
-    weights = [1 << bit for bit in bits]
-    order = [n for n, gate in enumerate(gates) if not gate] + [n for n, gate in enumerate(gates) if gate]
-    codes = torch.tensor(list(product((0, 1), repeat=len(gates))))
-    return codes @ torch.tensor([weights[order.index(n)] for n in range(len(gates))])
 
 
 def matrix(axis: Any, values: Tensor, codes: Sequence[str], title: str) -> None:
@@ -71,8 +63,7 @@ def exchange() -> Figure:
     """Draw the connectivity of eight channels in their order, and in the order of their groups."""
     gates = (1, 0, 0)
     codes = binary(3)
-    place = groups(gates)
-    order = place.argsort()
+    order = channel_order(torch.tensor(gates) - 0.5, 8)
     before = connectivity(gates)
     figure = Figure(figsize=(7.2, 2.7), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 0.7, 1])
@@ -81,7 +72,7 @@ def exchange() -> Figure:
     matrix(right, before[order][:, order], sorted_codes, "channels by group: 4 groups of 2")
     for axis in (left, right):
         axis.set(xlabel="input channel", ylabel="output channel")
-    for channel, new in enumerate(place.tolist()):
+    for channel, new in enumerate(order.argsort().tolist()):
         middle.plot([0, 1], [channel + 0.5, new + 0.5], color="black", linewidth=0.8)
         middle.text(-0.06, channel + 0.5, codes[channel], ha="right", va="center", fontsize=6.5)
         middle.text(1.06, new + 0.5, codes[channel], ha="left", va="center", fontsize=6.5)

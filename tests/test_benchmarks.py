@@ -181,6 +181,12 @@ def test_errors_before_anything_is_measured(
     assert named in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_training_refuses_runtimes_for_inference(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.run("train", *TINY, "--runtimes", "eager", "openvino")
+    assert "--runtimes eager openvino is not for training" in capsys.readouterr().err
+
+
 def test_gate_margin_and_weight(bench: Any) -> None:
     """The scripts read the networks that they train."""
     gate_margin, weight = (importlib.import_module(name) for name in ("gate_margin", "weight"))

@@ -590,6 +590,24 @@ def test_torch_compile(mode: str, form: str) -> None:
         assert_close(compiled(images(64)), models[0](images(64)), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.client("openvino")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("torch.compile", 1e-5), ("onnxruntime", 1e-5), ("openvino-float32", 1e-5), ("openvino", 0.05), ("int8", 0.1)],
+)
+def test_runtimes_of_the_benchmark(name: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from runtimes import RUNTIMES
+
+    model, x = in_form("deployed"), images(64)
+    with torch.inference_mode():
+        expected = model(x)
+        outputs = RUNTIMES[name](model, x)(x)
+    assert_close(outputs, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
 @pytest.mark.client("torchao")
 @pytest.mark.slow
 def test_int8_keeps_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
