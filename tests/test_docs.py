@@ -152,7 +152,7 @@ def test_our_commands(
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_demo(tmp_path: Path) -> None:
-    (command,) = (command for command in named("timm-dgconv") if "demo" in command)
+    (command,) = (command for command in named("timm-dgconv") if "demo" in shlex.split(command))
     subprocess.run([Path(sys.executable).with_name("timm-dgconv"), *shlex.split(command)[1:]], cwd=tmp_path, check=True)
 
 
