@@ -130,14 +130,13 @@ def test_our_commands(
     run_folder = Path("output/train/RUN")
     run_folder.mkdir(parents=True)
     torch.manual_seed(0)
-    state_dict = timm.create_model("g_resnext50").state_dict()
+    model = timm.create_model("g_resnext50")
     for name in ("model_best", "checkpoint-0", "checkpoint-1"):
         torch.save(
-            {"epoch": int(name[-1]) if name[-1].isdigit() else 1, "state_dict": state_dict},
+            {"epoch": int(name[-1]) if name[-1].isdigit() else 1, "state_dict": model.state_dict()},
             f"{run_folder}/{name}.pth.tar",
         )
-    Path("g_resnext50_demo").mkdir()
-    safetensors.torch.save_file(state_dict, "g_resnext50_demo/model.safetensors")
+    timm.models.save_for_hf(model, "g_resnext50_demo", safe_serialization=True)
     done = []
     for command in named("timm-dgconv"):
         args = [str(path) for arg in shlex.split(command)[1:] for path in ([*sorted(Path().glob(arg))] or [arg])]

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         action=ModelKwargs,
         metavar="KEY=VALUE",
         help="arguments of the model that change the network, as for timm's scripts "
-        "(default: the arguments that train.py stored)",
+        "(default: the arguments that timm stored)",
     )
 
     demo = commands.add_parser(
@@ -139,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "source",
         metavar="SRC",
-        help="checkpoint of the original release, of timm's train.py or of a ResNeXt, or the Hub id of a timm model, "
-        "OWNER/NAME[@REVISION]",
+        help="checkpoint of the original release, of timm's train.py or of a ResNeXt, a folder that timm loads, or the "
+        "Hub id of a timm model, OWNER/NAME[@REVISION]",
     )
     convert.add_argument(
         "--model",
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="CKPT",
-        help="checkpoint that convert takes, or a folder that it wrote; checkpoints of train.py are sorted by epoch",
+        help="checkpoint or folder that convert takes; checkpoints of train.py are sorted by epoch",
     )
     inspect.add_argument("--model", required=True, metavar="NAME", help="architecture, such as g_resnext50")
     inspect.add_argument("--json", action="store_true", help="print JSON: a list with one object per checkpoint")

@@ -1,6 +1,7 @@
 """hub_configs/ and model cards."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from timm.models._hub import save_config_for_hf
 
+from timm_dgconv import group_report
 from timm_dgconv.hub.card import model_card
 from timm_dgconv.hub.convert import describe
 from timm_dgconv.hub.model import BASELINE
@@ -96,3 +98,14 @@ def test_card_of_the_compact_form() -> None:
     card = model_card(timm.create_model("g_resnext50.dgconv_in1k", groups=groups, device="meta"))
     assert f"The numbers of groups per layer are {', '.join(map(str, groups))}." in card
     assert "dense" not in card
+
+
+def test_card_of_another_network() -> None:
+    """timm has no network of these widths to compare with."""
+    kwargs = {"channels": (32, 64, 128, 256)}
+    model = timm.create_model("g_resnext50.dgconv_in1k", **kwargs)
+    card = model_card(model, group_report(model), model_kwargs=kwargs)
+    assert "Compared with" not in card
+    resnext = timm.create_model("resnext50_32x4d", **kwargs)
+    params = sum(parameter.numel() for parameter in resnext.parameters())
+    assert re.search(rf"{params / 1e6:.1f} M parameters and [\d.]+ GMACs with the groups of a ResNeXt\.", card)

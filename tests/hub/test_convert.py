@@ -212,6 +212,38 @@ def test_wrong_model_kwargs(
     assert names(tmp_path) == []
 
 
+DATA = dict(mean=[0.3], std=[0.2], crop_pct=1.0, interpolation="bilinear")
+
+
+def test_data_settings_of_the_training(tmp_path: Path) -> None:
+    """timm's train.py stores them in a checkpoint, and timm's models in the config.json of a folder."""
+    model = trained(num_classes=7, in_chans=1).eval()
+    checkpoint = train_checkpoint(model)
+    vars(checkpoint["args"]).update(DATA, in_chans=1, img_size=48, input_size=None)
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    for source, out, options in ("last.pth.tar", "plain", []), ("plain", "compact", ["--compact"]):
+        args = [str(tmp_path / source), "--model", TINY, "--out", str(tmp_path / out), *options]
+        assert main(["convert", *args]) == 0
+        config = json.loads((tmp_path / out / "config.json").read_text())["pretrained_cfg"]
+        assert config["input_size"] == [1, 48, 48]
+        assert {name: config[name] for name in DATA} == DATA
+        assert "test_input_size" not in config
+        card = (tmp_path / out / "README.md").read_text()
+        assert "Image size: 48 x 48" in card
+        assert card.count('.convert("L")') == 3
+    assert_close(outputs(load(tmp_path / "compact")), outputs(model), rtol=0, atol=1e-5)
+
+
+def test_arguments_of_another_script(tiny: nn.Module, tmp_path: Path) -> None:
+    """They are not data settings of timm."""
+    checkpoint = train_checkpoint(tiny)
+    vars(checkpoint["args"]).update(input_size=48, mean="0.5")
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    assert main(["convert", str(tmp_path / "last.pth.tar"), "--model", TINY, "--out", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == list(timm.get_pretrained_cfg("test_g_resnext").input_size)
+
+
 # The baseline of the original release.
 
 

@@ -15,6 +15,7 @@ import torch
 from conftest import trained
 from hub_server import HubServer, finish, run_python, start_python
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from timm_dgconv.cli import main
 from timm_dgconv.hub.convert import reload
@@ -168,7 +169,7 @@ images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 with torch.inference_mode():
     print(json.dumps(model(images).tolist()))
 """
-    assert torch.equal(torch.tensor(run_python(hub.server.env(tmp_path), code)), outputs(tiny))
+    assert_close(torch.tensor(run_python(hub.server.env(tmp_path), code)), outputs(tiny))
 
 
 # Errors.

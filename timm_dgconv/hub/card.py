@@ -1,6 +1,7 @@
 """The model card, in the form of timm's model cards."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -37,13 +38,19 @@ def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> _Stats:
     return _Stats(params / 1e6, sum(t.macs for t in traces) / 1e9, sum(t.activations for t in traces) / 1e6)
 
 
-def model_card(model: Any, report: GroupReport | None = None, figure: str | None = None) -> str:
+def model_card(
+    model: Any,
+    report: GroupReport | None = None,
+    figure: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> str:
     """Return the text of the model card.
 
     Args:
         model: A model with a pretrained_cfg that has an architecture and a tag. It may be on the meta device.
         report: The groups of its layers, if they are known.
         figure: Name of the file with a figure of the groups.
+        model_kwargs: Arguments of the model that change the network.
     """
     cfg = model.pretrained_cfg
     architecture, tag, size = cfg["architecture"], cfg["tag"], cfg["input_size"]
@@ -59,7 +66,7 @@ def model_card(model: Any, report: GroupReport | None = None, figure: str | None
         },
     }
     source = SOURCES.get(architecture)
-    if source is not None:
+    if source is not None and not set(model_kwargs or ()) - {"groups"}:  # another network has no counterpart in timm
         baseline = timm.create_model(source, num_classes=model.num_classes, in_chans=size[0], device="meta")
         counted = (
             "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
@@ -127,20 +134,27 @@ def _groups(report: GroupReport, figure: str | None) -> str:
     for layer in report.layers:
         cells = (layer.name, f"{layer.in_channels} -> {layer.out_channels}", str(layer.groups))
         lines.append(f"| {' | '.join(cells)} | {layer.learned.params:,} | {layer.dense.params:,} |")
-    learned, dense = (
-        f"{cost.params / 1e6:.1f} M parameters and {cost.macs / 1e9:.2f} GMACs"
-        for cost in (report.learned, report.dense)
-    )
+    costs = [
+        (report.learned, "with these groups"),
+        (report.dense, "with one group in each of these layers"),
+        (report.resnext, "with the groups of a ResNeXt"),
+    ]
+    wholes = [
+        f"{cost.params / 1e6:.1f} M parameters and {cost.macs / 1e9:.2f} GMACs {groups}"
+        for cost, groups in costs
+        if cost is not None
+    ]
     text = (
         f"The layers keep {100 * report.density:.1f} % of the connections of dense layers. The whole network has "
-        f"{learned} with these groups, and {dense} with one group in each of these layers."
+        f"{', '.join(wholes)}."
     )
     picture = [] if figure is None else ["", f"![groups]({figure})"]
     return "\n\n" + "\n".join([text, "", *lines, *picture])
 
 
 def _usage(model: Any, name: str) -> str:
-    height, width = model.pretrained_cfg["input_size"][1:]
+    channels, height, width = model.pretrained_cfg["input_size"]
+    image = f'{_IMAGE}.convert("L")' if channels == 1 else _IMAGE
 
     def shape(info: dict[str, Any]) -> str:
         return (
@@ -152,7 +166,7 @@ def _usage(model: Any, name: str) -> str:
     shapes = "\n".join(f"    #  torch.Size([{shape(info)[1:-1]}])" for info in model.feature_info)
     return f"""{install}### Image Classification
 ```python
-{_IMAGE}
+{image}
 
 {load}
     pretrained=True,
@@ -166,7 +180,7 @@ top5_probabilities, top5_class_indices = torch.topk(output.softmax(dim=1) * 100,
 
 ### Feature Map Extraction
 ```python
-{_IMAGE}
+{image}
 
 {load}
     pretrained=True,
@@ -185,7 +199,7 @@ for o in output:
 
 ### Image Embeddings
 ```python
-{_IMAGE}
+{image}
 
 {load}
     pretrained=True,

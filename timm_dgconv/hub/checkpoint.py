@@ -18,29 +18,31 @@ from torch import Tensor
 from timm_dgconv import _compat
 from timm_dgconv.hub.errors import hub_errors, one_line
 
-WEIGHTS = "model.safetensors"
-"""Name of the weights in a folder and on the Hub."""
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Names of the files in a folder and on the Hub."""
 
 _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 
 
 class TrainingInfo(NamedTuple):
-    """Epoch and model arguments that timm's train.py stores with the weights.
+    """What timm stores beside the weights: its train.py in a checkpoint, its models in the config.json of a folder.
 
     Attributes:
         epoch: The epoch, or None if the checkpoint has none.
-        model_kwargs: The `--model-kwargs` and `--gp` of the training.
+        model_kwargs: The arguments of the model.
+        data_args: Arguments of `timm.data.resolve_data_config`, among others.
     """
 
     epoch: int | None
     model_kwargs: dict[str, Any]
+    data_args: dict[str, Any]
 
 
 def fetch(source: str) -> Path:
     """Return the path of a checkpoint file, and download it if it is on the Hub.
 
     Args:
-        source: A file, or a Hub id ``owner/name`` or ``owner/name@revision``.
+        source: A file, a folder that `convert` or timm wrote, or a Hub id ``owner/name`` or ``owner/name@revision``.
 
     Raises:
         ValueError: If there is no such file.
@@ -49,6 +51,10 @@ def fetch(source: str) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
+        return path / WEIGHTS
     hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
     if path.exists() or hub_id is None or source.endswith(_SUFFIXES):
         raise ValueError(f"{source} is not a file; use a checkpoint file or a Hub id OWNER/NAME[@REVISION]")
@@ -97,22 +103,24 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
     return f"is not a checkpoint: {one_line(error)}"
 
 
-def read_model_args(folder: Path) -> dict[str, Any]:
-    """Read the arguments of the model from the config.json of a converted folder.
+def read_training_info(source: str, path: Path) -> TrainingInfo:
+    """Read what timm stores beside the weights. Other checkpoints have nothing there.
+
+    Args:
+        source: See `fetch`.
+        path: The checkpoint file.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the config.json of a folder is damaged.
     """
-    try:
-        return dict(_compat.load_model_config_from_path(folder)[2])
-    except Exception as error:  # any exception of timm for a file that users edit
-        raise ValueError(
-            f"{folder / 'config.json'} is damaged: {one_line(error)}; convert the checkpoint again"
-        ) from error
-
-
-def read_training_info(path: Path) -> TrainingInfo:
-    """Read the epoch and the model arguments that timm's train.py stores. Other checkpoints have none."""
+    if Path(source).is_dir():
+        try:
+            data_args, _, model_kwargs = _compat.load_model_config_from_path(Path(source))
+            return TrainingInfo(None, dict(model_kwargs), dict(data_args))
+        except Exception as error:  # any exception of timm for a file that users edit
+            raise ValueError(
+                f"{Path(source, CONFIG)} is damaged: {one_line(error)}; convert the checkpoint again"
+            ) from error
     if path.suffix != ".safetensors":
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), suppress(Exception):
             warnings.simplefilter("ignore")
@@ -122,5 +130,5 @@ def read_training_info(path: Path) -> TrainingInfo:
             model_kwargs = dict(args.get("model_kwargs") or {})
             if args.get("gp") is not None:
                 model_kwargs.setdefault("global_pool", args["gp"])
-            return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs)
-    return TrainingInfo(None, {})
+            return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs, args)
+    return TrainingInfo(None, {}, {})

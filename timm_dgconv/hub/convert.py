@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from timm_dgconv import _compat, plots
 from timm_dgconv.hub import card
-from timm_dgconv.hub.checkpoint import WEIGHTS
+from timm_dgconv.hub.checkpoint import CONFIG, WEIGHTS
 from timm_dgconv.hub.model import BASELINE, Checkpoint, create, resolve
 from timm_dgconv.models.compact import compact as compact_model
 from timm_dgconv.models.compact import group_layers
 from timm_dgconv.report import group_report
 
-CONFIG, CARD, FIGURE = "config.json", "README.md", "groups.png"
+CARD, FIGURE = "README.md", "groups.png"
 
 
 class File(NamedTuple):
@@ -52,14 +52,13 @@ def convert(
     """Convert a checkpoint into a folder that timm loads with ``create_model("local-dir:...")``, and verify it.
 
     Args:
-        source: A checkpoint file, or the Hub id of a timm model, ``owner/name`` or ``owner/name@revision``. No code in
-            it is executed.
+        source: A checkpoint file, a folder that timm loads, or the Hub id of a timm model, ``owner/name`` or
+            ``owner/name@revision``. No code in it is executed.
         model_name: Architecture and tag of the result, such as ``g_resnext50.dgconv_in1k``.
         output: Folder to write. It appears when everything in it is verified.
         compact: Write the compact form, see `timm_dgconv.compact`.
         use_ema: Use the averaged weights if the checkpoint has them.
-        model_kwargs: Arguments of the model that change the network. They override the
-            arguments that timm's train.py stored.
+        model_kwargs: Arguments of the model that change the network. They override the arguments that timm stored.
 
     Returns:
         The files, and the largest difference between the outputs of the reloaded model and those of the source.
@@ -165,4 +164,4 @@ def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | 
         if find_spec("matplotlib"):  # the extra `plot`
             plots.draw(report, folder / FIGURE)
     figure = FIGURE if (folder / FIGURE).exists() else None
-    (folder / CARD).write_text(card.model_card(model, report, figure), encoding="utf-8")
+    (folder / CARD).write_text(card.model_card(model, report, figure, model_kwargs), encoding="utf-8")

@@ -1,12 +1,10 @@
 """Report the groups in checkpoints."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 
-from timm_dgconv.hub.checkpoint import WEIGHTS, read_model_args
 from timm_dgconv.hub.model import Checkpoint, resolve
 from timm_dgconv.models.sources import ARCHITECTURES
 from timm_dgconv.report import GroupHistory, group_report
@@ -23,14 +21,12 @@ def inspect(
     """Report the groups in the checkpoints of one run. No code in them is executed.
 
     Args:
-        sources: Checkpoints that `convert` takes, or folders that it wrote. If all of them have an epoch, they are
-            sorted by it.
+        sources: Checkpoints that `convert` takes. If all of them have an epoch, they are sorted by it.
         model_name: Architecture with or without a tag, such as ``g_resnext50``.
         use_ema: Use the averaged weights if a checkpoint has them.
         image_size: Side in pixels of the image for which multiply-adds are counted. The default is the model's.
         layers: Names of layers that must exist.
-        model_kwargs: Arguments of the model that change the network. They override the
-            arguments that timm's train.py stored.
+        model_kwargs: Arguments of the model that change the network. They override the arguments that timm stored.
 
     Returns:
         One report per checkpoint.
@@ -49,11 +45,7 @@ def inspect(
     _, cfg = resolve(model_name if "." in model_name else f"{architecture}.{default_tag}")
     reports = []
     for source in sources:
-        path = Path(source, WEIGHTS) if Path(source).is_dir() else None
-        if path is not None and not path.is_file():
-            raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
-        stored = {} if path is None else read_model_args(path.parent)
-        checkpoint = Checkpoint(source, architecture, cfg, use_ema, {**stored, **(model_kwargs or {})}, path)
+        checkpoint = Checkpoint(source, architecture, cfg, use_ema, model_kwargs)
         model = checkpoint.load_groups()
         in_chans, height, width = timm.data.resolve_model_data_config(model)["input_size"]
         report = group_report(model, (in_chans, image_size or height, image_size or width))

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -66,6 +65,17 @@ def create(architecture: str, cfg: Any, num_classes: int, in_chans: int = 3, **m
         ) from error
 
 
+def _with_data_args(cfg: Any, args: dict[str, Any]) -> Any:
+    """Return a pretrained_cfg with the data settings of a training."""
+    try:
+        data_config = timm.data.resolve_data_config(args, pretrained_cfg=cfg.to_dict())
+    except (AssertionError, TypeError):  # arguments of another script than timm's
+        return cfg
+    if data_config["input_size"][1:] != cfg.input_size[1:]:
+        cfg = dataclasses.replace(cfg, test_input_size=None, test_crop_pct=None)
+    return dataclasses.replace(cfg, **data_config)
+
+
 class Checkpoint:
     """A checkpoint file and the arguments of its model.
 
@@ -75,7 +85,6 @@ class Checkpoint:
         cfg: Its pretrained_cfg.
         use_ema: Use the averaged weights if the checkpoint has them.
         model_kwargs: Arguments of the model that change the network. They override the arguments in the checkpoint.
-        path: The file, if it is known.
 
     Raises:
         ValueError: If the source is not a checkpoint.
@@ -89,12 +98,12 @@ class Checkpoint:
         cfg: Any,
         use_ema: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
-        path: Path | None = None,
     ) -> None:
-        self.source, self.architecture, self.cfg = source, architecture, cfg
-        path = path or fetch(source)
+        self.source, self.architecture = source, architecture
+        path = fetch(source)
         self.state_dict = read_state_dict(path, source, use_ema)
-        info = read_training_info(path)
+        info = read_training_info(source, path)
+        self.cfg = _with_data_args(cfg, info.data_args)
         self.epoch = info.epoch
         self.model_kwargs = {**info.model_kwargs, **(model_kwargs or {})}
         for name in (*TRAINING_ARGS, "in_chans", "num_classes"):  # the weights tell the last two

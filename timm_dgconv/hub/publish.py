@@ -9,8 +9,8 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 
 from timm_dgconv import __version__
-from timm_dgconv.hub.checkpoint import WEIGHTS
-from timm_dgconv.hub.convert import CONFIG, File, convert, list_files, reload, sha256
+from timm_dgconv.hub.checkpoint import CONFIG, WEIGHTS
+from timm_dgconv.hub.convert import File, convert, list_files, reload, sha256
 from timm_dgconv.hub.errors import hub_errors, one_line
 
 
