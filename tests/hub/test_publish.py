@@ -4,6 +4,7 @@ The client reads its environment when it is imported, so all commands with a tok
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,10 @@ def hub(tiny: nn.Module, checkpoint: Path, folder: Path, tmp_path_factory: pytes
         first = server.add_repo("owner/source", {"model.safetensors": safetensors.torch.save(tiny.state_dict())})
         server.add_repo("owner/source", {"model.safetensors": b"something else"})
         server.add_repo("owner/public", {"config.json": b"{}"})
+        config = json.loads((folder / "config.json").read_text())
+        config["pretrained_cfg"]["input_size"] = [3, 96, 96]
+        weights = (folder / "model.safetensors").read_bytes()
+        server.add_repo("owner/small", {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
         server.read_only.add("timm")
         server.corrupted.add(("owner/corrupted", "model.safetensors"))
         file, model = ["publish", str(checkpoint), "--model", TINY, "--repo"], ["--model", TINY]
@@ -104,6 +109,7 @@ def hub(tiny: nn.Module, checkpoint: Path, folder: Path, tmp_path_factory: pytes
             "convert": ["convert", f"owner/source@{first}", "--out", str(path / "converted"), *model],
             "inspect": ["inspect", f"owner/source@{first}", *model],
             "inspect the file": ["inspect", str(checkpoint), *model],
+            "inspect small": ["inspect", "hf-hub:owner/small", *model],
             "no weights": ["convert", "owner/public", *convert],
             "no revision": ["convert", "owner/public@no", *convert],
         }
@@ -159,6 +165,7 @@ def test_revision_as_a_source(hub: Hub, tiny: nn.Module) -> None:
     assert torch.equal(outputs(reload(hub.folder / "converted")), outputs(tiny))
     assert hub.results["inspect"] == hub.results["inspect the file"]
     assert hub.results["inspect"][1].startswith("test_g_resnext, input 3 x 160 x 160\n")
+    assert hub.results["inspect small"][1].startswith("test_g_resnext, input 3 x 96 x 96\n")
 
 
 def test_published_model_loads(hub: Hub, tiny: nn.Module, tmp_path: Path) -> None:
@@ -179,7 +186,7 @@ def test_errors_with_a_token(hub: Hub) -> None:
     assert_one_line(hub.results["read only"], "timm-dgconv publish: 403", "timm/new", LOG_IN)
     assert_one_line(hub.results["no owner"], "--repo 'new' is not an OWNER/NAME")
     assert_one_line(hub.results["two slashes"], "'a/b/c'")
-    assert_one_line(hub.results["no weights"], "Entry Not Found", "owner/public", "model.safetensors")
+    assert_one_line(hub.results["no weights"], "owner/public has no model.safetensors")
     assert_one_line(hub.results["no revision"], "Revision Not Found", "owner/public")
     assert not (hub.folder / "no").exists()
 

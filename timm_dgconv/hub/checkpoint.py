@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from timm.models import load_state_dict
 from torch import Tensor
 
@@ -45,21 +45,21 @@ def fetch(source: str) -> Path:
         source: A file, a folder that `convert` or timm wrote, or a Hub id ``owner/name`` or ``owner/name@revision``.
 
     Raises:
-        ValueError: If there is no such file.
+        ValueError: If there is no such file, or if a folder or repository has no weights.
         RuntimeError: If the Hub does not return it.
     """
     path = Path(source)
     if path.is_file():
         return path
-    if path.is_dir():
-        if not (path / WEIGHTS).is_file():
-            raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
-        return path / WEIGHTS
-    hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
-    if path.exists() or hub_id is None or source.endswith(_SUFFIXES):
-        raise ValueError(f"{source} is not a file; use a checkpoint file or a Hub id OWNER/NAME[@REVISION]")
-    with hub_errors():
-        return Path(hf_hub_download(hub_id[1], WEIGHTS, revision=hub_id[2]))
+    if not path.is_dir():
+        hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
+        if path.exists() or hub_id is None or source.endswith(_SUFFIXES):
+            raise ValueError(f"{source} is not a file; use a checkpoint file or a Hub id OWNER/NAME[@REVISION]")
+        with hub_errors():
+            path = Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=[CONFIG, WEIGHTS]))
+    if not (path / WEIGHTS).is_file():
+        raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
+    return path / WEIGHTS
 
 
 def read_state_dict(path: Path, source: str, use_ema: bool = True) -> dict[str, Tensor]:
@@ -111,15 +111,15 @@ def read_training_info(source: str, path: Path) -> TrainingInfo:
         path: The checkpoint file.
 
     Raises:
-        ValueError: If the config.json of a folder is damaged.
+        ValueError: If the config.json of a folder or repository is not a model of timm.
     """
-    if Path(source).is_dir():
+    if not Path(source).is_file() and (path.parent / CONFIG).is_file():
         try:
-            data_args, _, model_kwargs = _compat.load_model_config_from_path(Path(source))
+            data_args, _, model_kwargs = _compat.load_model_config_from_path(path.parent)
             return TrainingInfo(None, dict(model_kwargs), dict(data_args))
         except Exception as error:  # any exception of timm for a file that users edit
             raise ValueError(
-                f"{Path(source, CONFIG)} is damaged: {one_line(error)}; convert the checkpoint again"
+                f"{source} has a {CONFIG} that timm cannot read: {one_line(error)}; use its {WEIGHTS} alone"
             ) from error
     if path.suffix != ".safetensors":
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), suppress(Exception):
