@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from timm_dgconv import DGConv2d
-from timm_dgconv.layers import dgconv_op
+from timm_dgconv.layers import dgconv_op, layout
 from timm_dgconv.layers.spans import Spans
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
@@ -52,6 +52,25 @@ def test_all_spans(closed: str, device: str) -> None:
         for spans in [None, (0, 1, 2), (2, 0, 1), *((span,) * 3 for span in range(1 << len(closed)))]:
             got = gradients(conv, apply(conv, x, spans), x)
             assert_close([value.cpu() for value in got], expected, **EXACT)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("num_images", [1, 5])
+def test_chunks_of_images(num_images: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes large output gradients with partners in chunks."""
+    conv = conv_with("1001", 16, 16, padding=1, dtype=torch.float64).to(memory_format=memory_format)
+    x = torch.randn(num_images, 16, 11, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    sizes = []
+
+    def select_channels(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.extend([len(x)] if kwargs.get("partners") else [])
+        return layout.select_channels(x, *args, **kwargs)
+
+    monkeypatch.setattr(dgconv_op, "select_channels", select_channels)
+    monkeypatch.setattr(dgconv_op, "CHUNK", 1)
+    got = gradients(conv, apply(conv, x, (0, 0, 0)), x)
+    assert sizes == ([1] if num_images == 1 else [2, 1, 1, 1])
+    assert_close(got, gradients(conv, conv.masked_dense(x), x), **EXACT)
 
 
 # Random layers and inputs.

@@ -12,6 +12,7 @@ group convolution also computes the weight gradient between the input of each gr
 dense convolution is computed, and the gradients are exact.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,12 @@ MASKED_DENSE = os.environ.get("TIMM_DGCONV_MASKED_DENSE", "0") != "0"
 
 The result is the same up to rounding, at several times the cost. The environment variable TIMM_DGCONV_MASKED_DENSE=1
 sets it, and so does an assignment at any time.
+"""
+
+CHUNK = 1 << 21
+"""Number of bytes of output gradients, with partners, that a CPU computes with at once.
+
+A step would pay for fresh pages of larger temporaries (benchmarks/results/speed.md).
 """
 
 
@@ -224,13 +231,24 @@ def _backward(
         shape = (slots * weight.shape[0], weight.shape[1] // layout.groups, *weight.shape[2:])
         memory_format = torch.channels_last if is_channels_last(dense) else torch.contiguous_format
         like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-        inputs = (select_channels(grad, layout, where, partners=needs_gate), select_channels(x, layout, where))
-        grad_blocks = convolution_backward(*inputs, like, layout.groups, [False, True, False])[1]
+
+        # A gradient is a sum over many values, for which half precision is too coarse.
+        sum_dtype = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
+
+        def gradient(grad: Tensor, x: Tensor) -> Tensor:
+            inputs = (select_channels(grad, layout, where, partners=needs_gate), select_channels(x, layout, where))
+            return convolution_backward(*inputs, like, layout.groups, [False, True, False])[1]
+
+        size = slots * grad.nbytes // max(CHUNK, 4 * like.nbytes)  # each chunk writes a result, too
+        chunks = min(len(x), size) if slots > 1 and x.device.type == "cpu" else 0
+        if chunks < 2:
+            grad_blocks = gradient(grad, x)
+        else:
+            pieces = zip(grad.tensor_split(chunks), x.tensor_split(chunks), strict=True)
+            grad_blocks = functools.reduce(Tensor.add_, (gradient(*piece).to(sum_dtype) for piece in pieces))
         grad_blocks = grad_blocks.unflatten(0, (layout.groups, slots, -1))
         grad_weight = grad_gate = None
         if needs_gate:
-            # A gate's gradient is a sum over many channel pairs, for which half precision is too coarse.
-            sum_dtype = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
             blocks = gather_blocks(dense, layout, where, partners=True).to(sum_dtype)
             products = blocks.mul_(grad_blocks) if layout.far else blocks * grad_blocks  # without groups: the weight
             grad_gate = gate_gradients(products, layout, plan.gates, where).to(gate.dtype)
