@@ -281,4 +281,7 @@ def in_format(x: Tensor, channels_last: bool) -> Tensor:
 
 def is_channels_last(*tensors: Tensor) -> bool:
     """Return whether torch's convolution of these tensors has a channels_last output."""
-    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
+    for tensor in tensors:
+        if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+            return True
+    return False
