@@ -90,9 +90,13 @@ def _select_runs(x: Tensor, index: Tensor, num_runs: int) -> Tensor:
     channels_last = is_channels_last(x)
     dim = 3 if channels_last else 1
     x = (x.movedim(1, 3) if channels_last else x).unflatten(dim, (num_runs, -1))
-    if channels_last and x.is_cpu and x.shape[-1] > 1:  # torch is twice as fast along the first dimension
+    run = x.shape[-1]
+    if channels_last and x.is_cpu and run < 8:  # index_select along the last dimensions is slow on a CPU
+        index = (index.unsqueeze(1) * run + torch.arange(run)).flatten()
+        y = x.flatten(3).gather(3, index.expand(*x.shape[:3], len(index)))
+    elif channels_last and x.is_cpu:
         rows = torch.arange(0, x[..., 0].numel(), x.shape[3]).unsqueeze(1) + index
-        y = x.flatten(0, 3).index_select(0, rows.flatten()).view(*x.shape[:3], len(index) * x.shape[-1])
+        y = x.flatten(0, 3).index_select(0, rows.flatten()).view(*x.shape[:3], len(index) * run)
     else:
         y = x.index_select(dim, index).flatten(dim, dim + 1)
     return y.movedim(3, 1) if channels_last else y
