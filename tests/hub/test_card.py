@@ -95,7 +95,9 @@ def test_model_card(name: str) -> None:
 
 def test_card_of_the_compact_form() -> None:
     groups = [32, 16, *[8] * 14]
-    card = model_card(timm.create_model("g_resnext50.dgconv_in1k", groups=groups, device="meta"))
+    model = timm.create_model("g_resnext50.dgconv_in1k", groups=groups, device="meta")
+    card = model_card(model, model_kwargs={"groups": groups, "global_pool": "avg"})
+    assert "**Compared with:** timm's `resnext50_32x4d` has 25.0 M parameters" in card
     assert f"The numbers of groups per layer are {', '.join(map(str, groups))}." in card
     assert "dense" not in card
 

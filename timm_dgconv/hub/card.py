@@ -66,7 +66,8 @@ def model_card(
         },
     }
     source = SOURCES.get(architecture)
-    if source is not None and not set(model_kwargs or ()) - {"groups"}:  # another network has no counterpart in timm
+    same_widths = set(model_kwargs or ()) <= {"groups", "global_pool"}  # timm >= 1.0.31 always stores the pooling
+    if source is not None and same_widths:
         baseline = timm.create_model(source, num_classes=model.num_classes, in_chans=size[0], device="meta")
         counted = (
             "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
