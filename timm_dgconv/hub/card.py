@@ -147,7 +147,7 @@ def _groups(report: GroupReport, figure: str | None) -> str:
     ]
     text = (
         f"The layers keep {100 * report.density:.1f} % of the connections of dense layers. The whole network has "
-        f"{', '.join(wholes)}."
+        f"{', '.join(wholes[:-1])}, and {wholes[-1]}."
     )
     picture = [] if figure is None else ["", f"![groups]({figure})"]
     return "\n\n" + "\n".join([text, "", *lines, *picture])

@@ -25,12 +25,12 @@ _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 
 
 class TrainingInfo(NamedTuple):
-    """What timm stores beside the weights: its train.py in a checkpoint, its models in the config.json of a folder.
+    """What timm stores beside the weights: in a checkpoint of train.py, or in the config.json of a folder.
 
     Attributes:
         epoch: The epoch, or None if the checkpoint has none.
         model_kwargs: The arguments of the model.
-        data_args: Arguments of `timm.data.resolve_data_config`, among others.
+        data_args: Arguments of `timm.data.resolve_data_config`, which ignores the other arguments in it.
     """
 
     epoch: int | None

@@ -45,9 +45,9 @@ sets it, and so does an assignment at any time.
 """
 
 CHUNK = 1 << 21
-"""Number of bytes of output gradients, with partners, that a CPU computes with at once.
+"""Size in bytes of the output gradients with partners that a CPU computes with at once.
 
-A step would pay for fresh pages of larger temporaries (benchmarks/results/speed.md).
+Larger temporaries cost fresh pages in every step (benchmarks/results/speed.md).
 """
 
 
