@@ -33,13 +33,13 @@ import torch
 from huggingface_hub.utils import tqdm
 from runtimes import RUNTIMES
 from timm.utils import reparameterize_model
+from timm_dgconv.layers.spans import Spans, lowest
+from timm_dgconv.models.sources import SOURCES
 from torch import Tensor, nn
 
 from timm_dgconv import DGConv2d, compact, freeze_groups, plots
 from timm_dgconv.layers import dgconv_op
 from timm_dgconv.layers.dgconv import PRETRAINED_GATE
-from timm_dgconv.layers.spans import Spans, lowest
-from timm_dgconv.models.sources import SOURCES
 
 Row = dict[str, Any]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}

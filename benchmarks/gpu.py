@@ -33,12 +33,12 @@ from xml.etree import ElementTree
 import torch
 from bench import BASELINES, Row, build, set_groups, table, versions
 from PIL import Image
+from timm_dgconv.layers.dgconv_op import dgconv2d
+from timm_dgconv.layers.spans import Spans, choose_spans, lowest
 from torch import Tensor, nn
 
 from timm_dgconv import DGConv2d
 from timm_dgconv.layers import gate_cache, spans
-from timm_dgconv.layers.dgconv_op import dgconv2d
-from timm_dgconv.layers.spans import Spans, choose_spans, lowest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMITS = {"tests": 420, "gates": 580, "sweep": 580, "networks": 580, "profile": 580, "scripts": 580}

@@ -21,11 +21,11 @@ import timm
 import torch
 import torchvision
 from timm.utils import reparameterize_model
+from timm_dgconv.models.groupable import skipped_convs
 from torch import nn
 
 from timm_dgconv import DGConv2d, compact, groupable
 from timm_dgconv.models.compact import group_layers
-from timm_dgconv.models.groupable import skipped_convs
 
 NETWORKS = (
     *("resnet18", "resnet34", "resnet50", "resnet50d", "wide_resnet50_2", "seresnet50", "ecaresnet50t", "resnetv2_50"),

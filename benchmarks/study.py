@@ -3,6 +3,8 @@
     python benchmarks/study.py --data-dir data            # everything
     python benchmarks/study.py --data-dir data --quick    # one seed from scratch at 1/8 of the connections
     python benchmarks/study.py --report                   # table and figure of the finished runs
+    python benchmarks/study.py --data-dir data --forms    # the forms of gates, with two optimizers
+    python benchmarks/study.py --report --forms           # their table
     python benchmarks/study.py --data-dir data --model g_resnet18 --output study_g_resnet18
 
 `--data-dir` is the folder with FashionMNIST/raw, as torchvision writes it. `--download` fetches the images. The files
@@ -11,19 +13,21 @@ of Debian's package dataset-fashion-mnist work, too:
     mkdir -p data/FashionMNIST/raw && cp /usr/share/datasets/fashion-mnist/*.gz data/FashionMNIST/raw
     gunzip data/FashionMNIST/raw/*.gz
 
-Each finished run is one row of study.json in `--output`, and a second call skips it. The pruned networks need
-torch-pruning.
+Each finished run is one row of study.json in `--output` (with `--forms` of study_forms.json), and a second call skips
+it. The most important runs come first. The pruned networks need torch-pruning.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import islice
+from fractions import Fraction
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +41,11 @@ from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, random_seed
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dgconv import compact, constrained_loss, demo, group_report, layer_groups
 from timm_dgconv.layers.dgconv import PRETRAINED_GATE, DGConv2d
-from timm_dgconv.models.compact import group_layers
-from timm_dgconv.report import trace
 
 DATA: dict[str, Any] = dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
 NETS: dict[str, dict[str, Any]] = {
@@ -60,22 +63,42 @@ LEARNED: dict[str, dict[str, Any]] = {
     "held, from groups": dict(complexity_target=TARGET, init_groups=8),
 }
 """Variants with gates that learn, with arguments of `timm.create_model`. "paper" minimises `constrained_loss`."""
+ALL_GATES = "nested, slope to all gates"
+FORMS: dict[str, dict[str, Any]] = {
+    "nested": dict(),
+    ALL_GATES: dict(),
+    "sorted": dict(nested=False),
+    "unsorted": dict(sort=False),
+}
+"""The forms of gates, with arguments of `timm.create_model`. Each is trained as "held, settled"."""
+ARGS = LEARNED | {name: LEARNED["held, settled"] | form for name, form in FORMS.items()}
+"""Arguments of `timm.create_model` for all variants with gates that learn."""
 COMPARED = ["fixed", "random", "held", "paper"]
 PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4}
 """Variants that are pruned, with their share of the dense network's multiply-adds. None is the share of "fixed"."""
-VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in LEARNED if name not in COMPARED)]
+VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in ARGS if name not in COMPARED)]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": dict(weight_decay=5e-4, momentum=0.9),
+    "adamw": dict(weight_decay=0.05),
+}
+RATES = {
+    "sgd": {"scratch": 0.1, "dense": 0.02, "warmup": 1e-3},
+    "adamw": {"scratch": 2e-3, "dense": 2e-4, "warmup": 1e-5},
+}
+"""Learning rates from each start, and the one with which the warmup begins."""
 SETTLE = 0.6
 """The part of the training after which settled gates stand still."""
 
 
 class Run(NamedTuple):
-    """One training: from scratch, or from the dense network of the same seed."""
+    """One training: from scratch, or from the dense network of the same optimizer and seed."""
 
     model: str
     start: str
     variant: str
     target: float
     seed: int
+    optimizer: str = "sgd"
 
 
 def runs(model: str, seeds: Sequence[int], quick: bool) -> list[Run]:
@@ -95,26 +118,35 @@ def runs(model: str, seeds: Sequence[int], quick: bool) -> list[Run]:
     return [Run(model, *name, seed) for name in names for seed in seeds]
 
 
-def build(run: Run, dense: dict[str, torch.Tensor], steps: int) -> nn.Module:
+def form_runs(model: str, seeds: Sequence[int], targets: Sequence[float]) -> list[Run]:
+    """Return the runs that compare the forms of gates, the most important ones first."""
+    result = [Run(model, "scratch", "dense", 1.0, seed, optimizer) for optimizer in OPTIMIZERS for seed in seeds]
+    for optimizer, target, start in itertools.product(OPTIMIZERS, targets, ("dense", "scratch")):
+        result += [Run(model, start, name, target, seed, optimizer) for seed in seeds for name in FORMS]
+    return result
+
+
+def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
     """Return the network at the beginning of a run.
 
     Args:
         run: What to train.
-        dense: State dict of the trained dense network, or an empty dictionary.
+        dense: State dict of the trained dense network in its compact form, which has no gates and so loads into every
+            form, or an empty dictionary.
         steps: Number of optimizer steps of the run.
     """
     random_seed(run.seed)
     values = {TARGET: run.target, SETTLED: round(SETTLE * steps)}
-    kwargs = {key: values.get(value, value) for key, value in LEARNED.get(run.variant, {}).items()}
+    kwargs = {key: values.get(value, value) for key, value in ARGS.get(run.variant, {}).items()}
     kwargs |= NETS[run.model]
     model = timm.create_model(run.model, in_chans=1, num_classes=10, pretrained_cfg_overlay=DATA, **kwargs)
     if dense:
         model.load_state_dict(dense)
-    if dense or run.variant not in LEARNED:
+    if dense or run.variant not in ARGS:
         set_gates(model)
     if run.variant in PRUNED:
         return prune(model, run)
-    if run.variant not in LEARNED:
+    if run.variant not in ARGS:
         close_gates(model, run.target, shuffle=run.variant == "random")
         return compact(model)
     return model
@@ -129,6 +161,15 @@ def set_gates(model: nn.Module) -> None:
     """Open all gates."""
     for conv in dgconvs(model):
         conv.reset_gate(1)
+
+
+@torch.no_grad()
+def spread_slopes(model: nn.Module) -> None:
+    """Give all gates of a layer what nested gates give to one closed and one open gate: the gradient and the term."""
+    for conv in dgconvs(model):
+        closed, grad = conv.gate.signbit(), conv.gate.grad
+        assert grad is not None
+        grad.copy_(torch.where(closed, grad[closed].sum(), grad[~closed].sum()))
 
 
 @torch.no_grad()
@@ -154,9 +195,6 @@ def prune(model: nn.Module, run: Run) -> nn.Module:
 
     example = torch.zeros(1, *DATA["input_size"])
     plain, grouped = compact(model), build(run._replace(variant="fixed"), {}, 1)
-    for net in (plain, grouped):
-        for name, conv in group_layers(net).items():
-            net.set_submodule(name, conv.fuse())  # torch-pruning counts a torch.nn.Conv2d, not its subclasses
     share = PRUNED[run.variant]
     goal, _ = torch_pruning.utils.count_ops_and_params(plain if share else grouped, example)
     goal *= share or 1
@@ -181,7 +219,7 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
     torch.set_num_threads(1)
     start = time.monotonic()
     device = torch.device(args.device)
-    saved = args.output / f"dense-{run.seed}.pt"
+    saved = args.output / f"dense-{run.model}-{run.optimizer}-{run.seed}.pt"
     dense = torch.load(saved) if run.start == "dense" else {}
     epochs = args.epochs if run.start == "scratch" else args.epochs // 2
     steps_per_epoch = args.images // args.batch_size
@@ -203,26 +241,28 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
         for split in ("train", "validation")
     ]
     random_seed(run.seed)
-    optimizer = create_optimizer_v2(
-        model, "sgd", lr=0.1 if run.start == "scratch" else 0.02, weight_decay=5e-4, momentum=0.9
-    )
+    rates = RATES[run.optimizer]
+    optimizer = create_optimizer_v2(model, run.optimizer, lr=rates[run.start], **OPTIMIZERS[run.optimizer])
+    if run.variant == ALL_GATES:
+        optimizer.register_step_pre_hook(lambda *_: spread_slopes(model))  # runs after the hook that adds the term
     scheduler, _ = create_scheduler_v2(
         optimizer,
         num_epochs=epochs,
         warmup_epochs=1,
-        warmup_lr=1e-3,
+        warmup_lr=rates["warmup"],
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
     average = ModelEmaV3(model, decay=0.99)
     loss_fn = nn.CrossEntropyLoss()
     pattern = gate_pattern(model)
-    history: list[bench.Row] = [snapshot(model, flips=0)]
+    report = partial(snapshot, model, run.variant in PRUNED)
+    history: list[bench.Row] = [report(flips=0)]
     step = 0
     for _ in range(epochs):
         model.train()
         meter, flips = AverageMeter(), 0
-        for images, labels in islice(loaders[0], steps_per_epoch):
+        for images, labels in itertools.islice(loaders[0], steps_per_epoch):
             loss = loss_fn(model(images.contiguous(memory_format=torch.channels_last)), labels)
             meter.update(loss.item(), labels.numel())
             if run.variant == "paper":
@@ -237,28 +277,40 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
             flips += int((before != pattern).sum())
         top1, _ = demo.evaluate(model, loaders[1], device)
         averaged, _ = demo.evaluate(average.module, loaders[1], device)
-        history.append(snapshot(model, flips=flips, loss=meter.avg, top1=top1, top1_averaged=averaged))
+        history.append(report(flips=flips, loss=meter.avg, top1=top1, top1_averaged=averaged))
     if (run.start, run.variant) == ("scratch", "dense"):
         torch.save(model.state_dict(), saved)
     return {**run._asdict(), "history": history, "seconds": time.monotonic() - start}
 
 
-def gate_pattern(model: nn.Module) -> torch.Tensor:
+def gate_pattern(model: nn.Module) -> Tensor:
     """Return which gates are closed."""
     return torch.cat([torch.empty(0), *(conv.gate.detach() for conv in dgconvs(model))]).signbit()
 
 
-def snapshot(model: nn.Module, **values: Any) -> bench.Row:
-    """Return density, groups and multiply-adds, beside other values."""
-    if not group_layers(model):  # pruned
-        return {"macs": sum(layer.macs for layer in trace(model, DATA["input_size"]).values()), **values}
+@torch.no_grad()
+def multiply_adds(model: nn.Module) -> int:
+    """Return the multiply-adds of the convolutions and linear layers for one image."""
+    net = copy.deepcopy(model).eval()
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, *DATA["input_size"], device=next(net.parameters()).device))
+    return counter.get_total_flops() // 2
+
+
+def snapshot(model: nn.Module, pruned: bool = False, **values: Any) -> bench.Row:
+    """Return density, groups and multiply-adds, or only the last of a pruned network, beside other values."""
+    if pruned:
+        return {"macs": multiply_adds(model), **values}
     report = group_report(model)
     return {"density": report.density, "groups": layer_groups(model), "macs": report.learned.macs, **values}
 
 
-def select(rows: list[bench.Row], start: str, variant: str, target: float) -> list[list[bench.Row]]:
+def select(
+    rows: list[bench.Row], start: str, variant: str, target: float, optimizer: str = "sgd"
+) -> list[list[bench.Row]]:
     """Return the histories of these runs, one per seed."""
-    return [row["history"] for row in rows if (row["start"], row["variant"], row["target"]) == (start, variant, target)]
+    wanted = dict(start=start, variant=variant, target=target, optimizer=optimizer)
+    return [row["history"] for row in rows if wanted.items() <= row.items()]
 
 
 def mean(histories: list[list[bench.Row]], name: str, epoch: int = -1) -> float:
@@ -275,13 +327,14 @@ def mean_groups(histories: list[list[bench.Row]]) -> list[float]:
 def table(rows: list[bench.Row]) -> str:
     """Format the means over the seeds, with the smallest and largest value, as a Markdown table."""
     lines = [
-        "| start | target | variant | seeds | connections, % | multiply-adds, M | top-1, % | of averaged weights, % "
-        "| flips per epoch | groups per layer (geometric mean) |",
-        f"|{'---|' * 10}",
+        "| optimizer | start | target | variant | seeds | connections, % | multiply-adds, M | top-1, % "
+        "| of averaged weights, % | flips per epoch | groups per layer (geometric mean) |",
+        f"|{'---|' * 11}",
     ]
-    for start, target, variant in dict.fromkeys((row["start"], row["target"], row["variant"]) for row in rows):
-        histories = select(rows, start, variant, target)
-        cells = [start, f"1/{1 / target:.0f}", variant, str(len(histories))]
+    names = ("start", "variant", "target", "optimizer")
+    for start, variant, target, optimizer in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        histories = select(rows, start, variant, target, optimizer)
+        cells = [optimizer, start, f"1/{1 / target:.0f}", variant, str(len(histories))]
         has_gates = variant not in PRUNED
         cells.append(f"{100 * mean(histories, 'density'):.1f}" if has_gates else "")
         cells.append(f"{mean(histories, 'macs') / 1e6:.2f}")
@@ -289,7 +342,7 @@ def table(rows: list[bench.Row]) -> str:
             values = [history[-1][name] for history in histories]
             cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
         epochs = range(1, len(histories[0]))
-        learns = variant in LEARNED
+        learns = variant in ARGS
         cells.append(", ".join(f"{mean(histories, 'flips', n):.0f}" for n in epochs) if learns else "")
         cells.append(", ".join(f"{groups:.3g}" for groups in mean_groups(histories)) if has_gates else "")
         lines.append(f"| {' | '.join(cells)} |")
@@ -356,16 +409,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a small part")
+    parser.add_argument("--forms", action="store_true", help="compare the forms of gates")
+    parser.add_argument(
+        "--targets", type=Fraction, nargs="+", default=[Fraction(1, 8)], help="with --forms, such as 1/8 1/32"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--workers", type=int, default=2, help="processes with one thread each")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.output.mkdir(exist_ok=True)
-    path = args.output / "study.json"
+    path = args.output / ("study_forms.json" if args.forms else "study.json")
     rows: list[bench.Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [{**Run._field_defaults, **row} for row in rows]
     done = {tuple(row[key] for key in Run._fields) for row in rows}
     wanted = [] if args.report else runs(args.model, args.seeds, args.quick)
+    if args.forms and not args.report:
+        wanted = form_runs(args.model, args.seeds, list(map(float, args.targets)))
     todo = [run for run in wanted if run not in done and run.variant in (args.variants or VARIANTS)]
     needed = [run for run in todo if (run.start, run.variant) == ("scratch", "dense")]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, tqdm(total=len(todo)) as bar:
@@ -374,9 +434,18 @@ def main() -> None:
                 rows.append(future.result())
                 bench.save(rows, path, args.device)
                 bar.update()
-    rows.sort(key=lambda row: (row["start"] == "dense", -row["target"], VARIANTS.index(row["variant"]), row["seed"]))
+    order = list(OPTIMIZERS)
+    rows.sort(
+        key=lambda row: (
+            order.index(row["optimizer"]),
+            row["start"] == "dense",
+            -row["target"],
+            VARIANTS.index(row["variant"]),
+            row["seed"],
+        )
+    )
     print(table(rows))
-    if args.model == "g_resnext50":
+    if args.model == "g_resnext50" and not args.forms:
         plot(rows, args.output / "study.png")
 
 

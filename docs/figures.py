@@ -9,10 +9,10 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from timm_dgconv.layers.grouping import channel_order
 from torch import Tensor
 
 from timm_dgconv import DGConv2d
-from timm_dgconv.layers.grouping import channel_order
 
 DOCS = Path(__file__).parent
 STYLE: dict[str, Any] = {"font.size": 8, "axes.linewidth": 0.6, "savefig.dpi": 200, "savefig.bbox": "tight"}

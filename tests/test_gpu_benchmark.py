@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
 from timm_dgconv.layers.spans import Spans, choose_spans, lowest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import gates, trained
 from timm.utils import reparameterize_model
+from timm_dgconv.layers.layout import get_layout
 from torch import nn
 
 from timm_dgconv import DGConv2d, compact, freeze_groups
 from timm_dgconv.layers import grad_memory, layout
-from timm_dgconv.layers.layout import get_layout
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in /proc")
 

@@ -12,24 +12,28 @@ from timm_dgconv._autoload import install
 if TYPE_CHECKING:
     from timm_dgconv.layers.dgconv import DGConv2d as DGConv2d
     from timm_dgconv.models.compact import compact as compact
-    from timm_dgconv.models.compact import layer_groups as layer_groups
-    from timm_dgconv.models.groupable import groupable as groupable
+    from timm_dgconv.models.convert import groupable as groupable
+    from timm_dgconv.models.convert import skipped_convs as skipped_convs
+    from timm_dgconv.models.group_net import layer_groups as layer_groups
     from timm_dgconv.optim.complexity import complexity as complexity
     from timm_dgconv.optim.complexity import constrained_loss as constrained_loss
     from timm_dgconv.optim.complexity import freeze_groups as freeze_groups
+    from timm_dgconv.optim.steering import steer as steer
     from timm_dgconv.report import group_report as group_report
 
 __version__ = "0.2.0"
 
 _MODULES = {
     "DGConv2d": "layers.dgconv",
-    "layer_groups": "models.compact",
+    "layer_groups": "models.group_net",
     "compact": "models.compact",
     "complexity": "optim.complexity",
     "constrained_loss": "optim.complexity",
     "freeze_groups": "optim.complexity",
     "group_report": "report",
-    "groupable": "models.groupable",
+    "groupable": "models.convert",
+    "skipped_convs": "models.convert",
+    "steer": "optim.steering",
 }
 
 __all__ = sorted(_MODULES)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from timm_dgconv import __version__
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.sources import ARCHITECTURES
+from timm_dgconv.models.base_models import ARCHITECTURES
 from timm_dgconv.report import group_report
 
 

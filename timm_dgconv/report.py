@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dgconv import _compat
-from timm_dgconv.layers import grouping
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.layers.group_conv import GroupConv2d
+from timm_dgconv.models.g_resnet import GResNet
+from timm_dgconv.models.group_net import group_layers
+from timm_dgconv.ops.naive import connectivity
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class LayerReport:
             blocks = torch.ones(self.out_channels // self.groups, self.channels_per_group)
             return torch.kron(torch.eye(self.groups), blocks)
         gate = torch.tensor([1.0 if bit == "1" else -1.0 for bit in self.bits])
-        return grouping.connectivity(gate, self.out_channels, self.in_channels)
+        return connectivity(gate, self.out_channels, self.in_channels, sort=False, nested=False)
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,8 @@ class GroupHistory:
 def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> GroupReport:
     """Report the groups of every layer of a model and their cost, and compare with dense layers and with a ResNeXt.
 
-    Multiply-adds are counted for torch.nn.Conv2d and torch.nn.Linear layers in evaluation mode. A copy of the model on
-    the meta device finds the shapes, so nothing is computed and the model does not change.
+    torch.utils.flop_counter.FlopCounterMode counts multiply-adds in evaluation mode, on a copy of the model on the meta
+    device. So nothing is computed and the model does not change.
 
     Args:
         model: A G-ResNeXt, learnable or compact, a wrapper around one, or any module with DGConv2d layers.
@@ -283,15 +284,16 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         Cost(params=36928, macs=1806336)
     """
     model = _unwrap(model)
-    convs, cardinalities = _groupable(model)
+    convs = group_layers(model)
     if not convs:
         raise ValueError(
-            f"{type(model).__name__} has no DGConv2d and no block of G-ResNeXt, so it has no groups to report; build a "
-            "model with timm.create_model('g_resnext50'), or use timm_dgconv.DGConv2d in yours"
+            f"{type(model).__name__} has no DGConv2d and is no model of this package, so it has no groups to report; "
+            "build a model with timm.create_model('g_resnext50'), or use timm_dgconv.groupable on yours"
         )
+    cardinalities = _cardinalities(model, convs)
     size = _input_size(model, input_size)
-    traces = trace(model, size)
-    whole = Cost(sum(parameter.numel() for parameter in model.parameters()), sum(t.macs for t in traces.values()))
+    counts = trace(model, size)
+    whole = Cost(sum(parameter.numel() for parameter in model.parameters()), counts.macs)
     learned, dense, resnext = whole, whole, whole
     layers = []
     for name, conv in convs.items():
@@ -299,19 +301,20 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         bits = _bits(conv) if isinstance(conv, DGConv2d) else None
         groups = conv.groups if bits is None else 1 << bits.count("0")
         bias = 0 if conv.bias is None else conv.bias.numel()
-        macs = traces[name].macs if name in traces else 0
+        macs = sum(output.numel() for output in counts.outputs[name]) * conv.weight[0].numel()
         weights, products = conv.weight.numel() * conv.groups, macs * conv.groups
         costs = [Cost(weights // g + bias, products // g) for g in (groups, 1, cardinality or 1)]
         stored = Cost(sum(parameter.numel() for parameter in conv.parameters()), macs)
         learned, dense, resnext = (
             total - stored + cost for total, cost in zip((learned, dense, resnext), costs, strict=True)
         )
+        resolution = next(((y.shape[-2], y.shape[-1]) for y in counts.outputs[name]), None)
         layers.append(
             LayerReport(
                 name,
                 conv.in_channels,
                 conv.out_channels,
-                traces[name].resolution if name in traces else None,
+                resolution,
                 groups,
                 bits,
                 learned=costs[0],
@@ -333,24 +336,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
         (model,) = children.values()
 
 
-def _groupable(model: nn.Module) -> tuple[dict[str, nn.Conv2d], dict[str, int]]:
-    """Return the convolutions that learn or have learned groups, and the cardinality of each block, by name."""
-    cardinalities = {
-        f"{name}.conv2".removeprefix("."): block.cardinality
-        for name, block in model.named_modules()
-        if isinstance(block, Bottleneck) and getattr(block, "cardinality", 1) > 1
+def _cardinalities(model: nn.Module, convs: dict[str, nn.Conv2d]) -> dict[str, int]:
+    """Return the number of groups in the ResNeXt with the same widths, for the layers of a G-ResNeXt."""
+    nets = [(f"{name}.".lstrip("."), net) for name, net in model.named_modules() if isinstance(net, GResNet)]
+    return {
+        name: net.cardinality
+        for name in convs
+        for prefix, net in nets
+        if name.startswith(prefix) and net.cardinality > 1
     }
-    convs = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, DGConv2d | GroupConv2d) or (isinstance(module, nn.Conv2d) and name in cardinalities)
-    }
-    return convs, {name: cardinality for name, cardinality in cardinalities.items() if name in convs}
 
 
 def _bits(conv: DGConv2d) -> str:
-    closed = sorted(conv.closed, reverse=True) if conv.sort else conv.closed
-    return "".join("0" if bit else "1" for bit in closed)
+    return "".join("0" if is_closed else "1" for is_closed in conv.bits())
 
 
 def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
@@ -377,22 +375,22 @@ def _name(model: nn.Module) -> str:
 
 
 @dataclass
-class LayerTrace:
-    """Cost of one convolution or linear layer for one image.
+class Trace:
+    """What a model computes for one image.
 
     Attributes:
-        macs: Number of multiply-adds with the stored weight.
-        activations: Number of elements of the output.
-        resolution: Height and width of the output of a convolution.
+        macs: Number of multiply-adds with the stored weights.
+        activations: Number of elements of the outputs of convolutions and linear layers.
+        outputs: The outputs of these layers by name, on the meta device.
     """
 
-    macs: int = 0
-    activations: int = 0
-    resolution: tuple[int, int] | None = None
+    macs: int
+    activations: int
+    outputs: dict[str, list[Tensor]]
 
 
-def trace(model: nn.Module, size: tuple[int, int, int]) -> dict[str, LayerTrace]:
-    """Run a copy of a model on the meta device and count what its convolutions and linear layers compute, by name.
+def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
+    """Run a copy of a model on the meta device and count what it computes.
 
     Args:
         model: The model.
@@ -401,23 +399,19 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> dict[str, LayerTrace]
     Raises:
         ValueError: If the model does not run on such an image.
     """
-    traces: dict[str, LayerTrace] = defaultdict(LayerTrace)
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
 
-    def count(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        weight: Any = module.weight
-        layer = traces[name]
-        layer.macs += output.numel() * weight[0].numel()
-        layer.activations += output.numel()
-        if isinstance(module, nn.Conv2d):
-            layer.resolution = (output.shape[-2], output.shape[-1])
+    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        outputs[name].append(output)
 
     net = _without_data(model)
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(partial(count, name))
+            module.register_forward_hook(partial(keep, name))
     dtype = next(parameter.dtype for parameter in net.parameters())
+    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), counter:
             net(torch.empty(1, *size, device="meta", dtype=dtype))
     except Exception as error:  # any exception of the user's modules
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -425,7 +419,8 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> dict[str, LayerTrace]
             f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; use an "
             "input_size=(channels, height, width) that it takes"
         ) from error
-    return dict(traces)
+    activations = sum(output.numel() for found in outputs.values() for output in found)
+    return Trace(counter.get_total_flops() // 2, activations, outputs)
 
 
 def _without_data(model: nn.Module) -> nn.Module:

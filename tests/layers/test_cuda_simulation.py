@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import conv_with
+from timm_dgconv.layers.layout import in_format, is_channels_last
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from timm_dgconv.layers import dgconv_op, layout, spans
-from timm_dgconv.layers.layout import in_format, is_channels_last
 
 CACHES = [value for value in vars(layout).values() if hasattr(value, "cache_clear")]
 ALL = (True, True, True)

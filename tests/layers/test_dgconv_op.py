@@ -13,13 +13,13 @@ import torch
 from conftest import DEVICES, conv_with, run_ranks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from timm_dgconv.layers.spans import Spans
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from timm_dgconv import DGConv2d
 from timm_dgconv.layers import dgconv_op, layout
-from timm_dgconv.layers.spans import Spans
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm_dgconv.layers.group_conv import GroupConv2d
 from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d
-from timm_dgconv.layers.group_conv import GroupConv2d
 
 
 def dgconv(gate: list[int], factors: tuple[int, int] = (1, 1), **kwargs: object) -> DGConv2d:

@@ -5,10 +5,6 @@ from typing import NamedTuple
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.testing import assert_close
-
-from timm_dgconv.layers import grouping
 from timm_dgconv.layers.layout import (
     Layout,
     gate_gradients,
@@ -20,6 +16,10 @@ from timm_dgconv.layers.layout import (
     select_channels,
     weight_gradient,
 )
+from torch import Tensor
+from torch.testing import assert_close
+
+from timm_dgconv.layers import grouping
 
 
 class Problem(NamedTuple):

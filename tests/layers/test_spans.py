@@ -14,12 +14,12 @@ import torch
 from conftest import conv_with
 from hypothesis import given
 from hypothesis import strategies as st
+from timm_dgconv.layers.spans import Problem, Spans, choose_spans, lowest
 from torch import Tensor
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d
 from timm_dgconv.layers import dgconv_op, layout, spans
-from timm_dgconv.layers.spans import Problem, Spans, choose_spans, lowest
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 closed_bits = st.lists(st.booleans(), min_size=1, max_size=11).map(tuple)

@@ -16,11 +16,11 @@ from conftest import trained
 from timm.layers import BatchNormAct2d, BlurPool2d, FrozenBatchNormAct2d, create_act, create_norm, create_norm_act
 from timm.models import FeatureListNet
 from timm.utils import reparameterize_model
+from timm_dgconv.models.channel_orders import EQUIVARIANT
 from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, compact, layer_groups
-from timm_dgconv.models.channel_orders import EQUIVARIANT
 from timm_dgconv.models.compact import group_layers
 
 PLAIN = {"Conv2d", "Identity", "ReLU", "MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"}

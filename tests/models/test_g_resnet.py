@@ -17,11 +17,11 @@ from timm.layers import BlurPool2d
 from timm.models import group_parameters
 from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm_dgconv.models.sources import ARCHITECTURES, SOURCES, family
 from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, compact, layer_groups
-from timm_dgconv.models.sources import ARCHITECTURES, SOURCES, family
 
 TINY = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 16, "channels": (16, 32, 48, 96)}  # test_g_resnext
 

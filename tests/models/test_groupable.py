@@ -8,12 +8,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm_dgconv.models.groupable import skipped_convs
 from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, compact, complexity, freeze_groups, groupable
 from timm_dgconv.layers import gate_cache
-from timm_dgconv.models.groupable import skipped_convs
 
 
 def create(name: str) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import nn
 from timm_dgconv import _compat
 from timm_dgconv.hub.model import BASELINE, RESNEXT_PAPER
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.models.compact import layer_groups
-from timm_dgconv.models.sources import FAMILIES, SOURCES, family
+from timm_dgconv.models.base_models import BASE_MODELS, FAMILIES, family
+from timm_dgconv.models.group_net import layer_groups
 from timm_dgconv.report import GroupReport, trace
 
 
@@ -33,9 +33,9 @@ class _Stats(NamedTuple):
 
 
 def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> _Stats:
-    traces = trace(model, input_size).values()
+    counts = trace(model, input_size)
     params = sum(parameter.numel() for parameter in model.parameters())
-    return _Stats(params / 1e6, sum(t.macs for t in traces) / 1e9, sum(t.activations for t in traces) / 1e6)
+    return _Stats(params / 1e6, counts.macs / 1e9, counts.activations / 1e6)
 
 
 def model_card(
@@ -65,14 +65,18 @@ def model_card(
             "Image size": f"{size[1]} x {size[2]}",
         },
     }
-    source = SOURCES.get(architecture)
-    same_widths = set(model_kwargs or ()) <= {"groups", "global_pool"}  # timm >= 1.0.31 always stores the pooling
-    if source is not None and same_widths:
-        baseline = timm.create_model(source, num_classes=model.num_classes, in_chans=size[0], device="meta")
+    base = BASE_MODELS.get(architecture)
+    same_widths = set(model_kwargs or ()) <= {
+        "groups",
+        "sort",
+        "global_pool",
+    }  # timm >= 1.0.31 always stores the pooling
+    if base is not None and same_widths:
+        baseline = timm.create_model(base, num_classes=model.num_classes, in_chans=size[0], device="meta")
         counted = (
             "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
         )
-        details["Compared with"] = f"{counted}timm's `{source}` has {_stats(baseline, size)}"
+        details["Compared with"] = f"{counted}timm's `{base}` has {_stats(baseline, size)}"
     papers = [RESNEXT_PAPER] if name == BASELINE else [_PAPER, RESNEXT_PAPER]
     details["Papers"] = [
         f"{title}: {paper_id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, paper_id in papers
@@ -118,7 +122,7 @@ def _description(name: str, groups: list[int]) -> str:
         )
     elif tag.startswith(f"{family(architecture)}_") and name in get_arch_pretrained_cfgs(architecture):
         text += (
-            f" Converted from timm's `{SOURCES[architecture]}.{tag.split('_', 1)[1]}`: it computes the same. Its "
+            f" Converted from timm's `{BASE_MODELS[architecture]}.{tag.split('_', 1)[1]}`: it computes the same. Its "
             "groups are not learned yet."
         )
     if groups:

@@ -83,7 +83,7 @@ def read_state_dict(path: Path, source: str, use_ema: bool = True) -> dict[str, 
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"{source} has no state dict; use a checkpoint that timm can load")
     for name, value in state_dict.items():
-        if name.endswith(".gate") and value.isnan().any():
+        if name.endswith((".gate", ".sorted_gate", ".unsorted_gate")) and value.isnan().any():
             raise ValueError(f"{source} has nan gates in {one_line(name)}; use an earlier checkpoint")
     return state_dict
 

@@ -20,7 +20,7 @@ from timm_dgconv.hub import card
 from timm_dgconv.hub.checkpoint import CONFIG, WEIGHTS
 from timm_dgconv.hub.model import BASELINE, Checkpoint, create, resolve
 from timm_dgconv.models.compact import compact as compact_model
-from timm_dgconv.models.compact import group_layers
+from timm_dgconv.models.group_net import group_layers
 from timm_dgconv.report import group_report
 
 CARD, FIGURE = "README.md", "groups.png"
@@ -151,8 +151,11 @@ def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | 
     if stem.in_channels != 3:
         args["in_chans"] = stem.in_channels
     groups = card.fixed_groups(model)
+    args.pop("sort", None)
     if groups:
         args["groups"] = groups
+    elif not all(getattr(layer, "sort", True) for layer in group_layers(model).values()):
+        args["sort"] = False  # loaders that go by names need a model with these names
     _compat.save_config_for_hf(model, folder / CONFIG, model_args=args or None)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     # timm >= 1.0.31 stores the number of classes twice, and transformers fails if it is in `model_args`.

@@ -6,7 +6,7 @@ from typing import Any
 import timm
 
 from timm_dgconv.hub.model import Checkpoint, resolve
-from timm_dgconv.models.sources import ARCHITECTURES
+from timm_dgconv.models.base_models import ARCHITECTURES
 from timm_dgconv.report import GroupHistory, group_report
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_info
 from timm_dgconv.hub.errors import one_line
+from timm_dgconv.layers.checkpoints import GATE_NAMES
 from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.models.base_models import ARCHITECTURES
 from timm_dgconv.models.group_net import TRAINING_ARGS
-from timm_dgconv.models.sources import ARCHITECTURES
 
 BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
@@ -108,6 +109,14 @@ class Checkpoint:
         self.model_kwargs = {**info.model_kwargs, **(model_kwargs or {})}
         for name in (*TRAINING_ARGS, "in_chans", "num_classes"):  # the weights tell the last two
             self.model_kwargs.pop(name, None)
+        if any(name.endswith((".in_order", ".out_order")) for name in self.state_dict):
+            raise ValueError(
+                f"{source} is the compact form of timm-dgconv 0.2 with orders of channels, which later versions do not "
+                "have; use the checkpoint that it was made from"
+            )
+        if self.model_kwargs.get("sort") is True:  # timm-dgconv 0.2 had one name for both readings of gates
+            names = {name: re.sub(r"(^|\.)gate$", r"\1sorted_gate", name) for name in self.state_dict}
+            self.state_dict = {names[name]: value for name, value in self.state_dict.items()}
 
     def load(self) -> nn.Module:
         """Return the model with the weights of the checkpoint.
@@ -119,8 +128,6 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._create()
-        if any(name.endswith((".in_order", ".out_order")) for name in self.state_dict):
-            self._use_group_convs(model)  # a DGConv2d cannot load these
         self._fill(model)
         return model
 
@@ -138,8 +145,9 @@ class Checkpoint:
         """Replace each DGConv2d for which the checkpoint has a group convolution."""
         for name, conv in list(model.named_modules()):
             weight = self.state_dict.get(f"{name}.weight")
-            if isinstance(conv, DGConv2d) and f"{name}.gate" not in self.state_dict and weight is not None:
-                model.set_submodule(name, conv.to_group_conv(conv.in_channels // weight.shape[1]))
+            has_gates = any(f"{name}.{gate}" in self.state_dict for gate in ("gate", *GATE_NAMES.values()))
+            if isinstance(conv, DGConv2d) and not has_gates and weight is not None:
+                conv.to_group_conv_(conv.in_channels // weight.shape[1])
 
     def _create(self) -> nn.Module:
         """Create the model. The weights determine the number of classes and of input channels."""

@@ -1,6 +1,6 @@
 """Dynamic grouping convolution: a convolution that learns its number of groups."""
 
-import math
+import copy
 from typing import Any
 
 import torch
@@ -8,28 +8,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.common_types import _size_2_t
 
-from timm_dgconv.layers import dgconv_op, gate_cache, grouping
-from timm_dgconv.layers.group_conv import GroupConv2d, group_conv_like
-from timm_dgconv.layers.grouping import connectivity
-
-# A leaf of torch.fx: otherwise the graph would contain the construction of the connectivity.
-torch.fx.wrap("connectivity")
-
-PRETRAINED_GATE = 0.01
-"""Distance from zero of the gates of a loaded group convolution.
-
-It is the smallest tested distance at which fine-tuning flips no gate in the first epoch and some gates later. At
-the initial distance of 1e-8 the first step flips half of the gates (benchmarks/results/gate_margin.md).
-"""
+from timm_dgconv.layers import gate_reader
+from timm_dgconv.layers.checkpoints import GATE_NAMES, contiguous_gates, remap_state_dict
+from timm_dgconv.ops import algebra, autograd
+from timm_dgconv.ops.grouped import group_blocks
+from timm_dgconv.ops.naive import connectivity, masked_conv2d
 
 
 class DGConv2d(nn.Conv2d):
     """Dynamic grouping convolution (DGConv, https://arxiv.org/abs/1908.05867): a convolution that learns its groups.
 
-    The layer has one gate per power of two that divides both channel counts. Gate k belongs to bit k of the channel
-    index, the most significant bit first. An open gate connects the channels whose indices differ in its bit. A gate is
-    open if its sign bit is 0. With m closed gates the layer computes a group convolution with 2^m groups. The forward
-    pass binarises the gates, and the straight-through estimator trains them.
+    The layer has one gate per power of two that divides both channel counts. A gate is open if its sign bit is 0. With
+    m closed gates the layer computes a group convolution with 2^m groups. The forward pass binarises the gates, and the
+    straight-through estimator trains them.
+
+    Each group is a range of channels, and each gate receives the slope of what its flip would do: the closed gate
+    nearest to zero the slope of twice as wide groups, the open gate nearest to zero the slope of groups of half the
+    width, the others none, since they cannot flip next. The paper has two other forms, see `sort` and `nested`.
+    `timm_dgconv/ops/README.md` derives all three.
 
     An average of several layers (EMA, SWA, averaged checkpoints) averages the values of the gates, and the sign of the
     average decides. A gate with average 0.0 is open. The average may have groups that none of the averaged layers has.
@@ -40,10 +36,15 @@ class DGConv2d(nn.Conv2d):
         out_channels: Number of output channels C_out. Both counts must be even.
         kernel_size: Kernel size.
         stride: Stride.
-        padding: Zero padding on all sides, or "same" or "valid".
+        padding: Padding on all sides, or "same" or "valid".
         dilation: Dilation.
         bias: Add a learnable bias.
-        sort: Apply the closed gates to the most significant bits, so that each group is a range of channels.
+        padding_mode: As in torch.nn.Conv2d.
+        sort: Let the closed gates act on the most significant bits of the channel index, so that each group is a range
+            of channels (an option of the original release). With False, gate k acts on bit k, the most significant bit
+            first: an open gate connects the channels whose indices differ in its bit (the networks of the paper).
+        nested: Give gates the slope of their flip, as above. With False, every gate learns the slope of its bit, as in
+            the original release. ``sort=False`` always does.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         groups: Not supported, since the layer learns its groups.
@@ -51,8 +52,9 @@ class DGConv2d(nn.Conv2d):
     Attributes:
         weight: Weight of shape (C_out, C_in, kernel height, kernel width). The forward pass uses the connected part.
         bias: Bias of shape (C_out,) or None.
-        gate: Gates of shape (K,), where 2^K is the largest power of two that divides C_in and C_out. gate[0] belongs to
-            the most significant bit of the channel index.
+        gate: Gates of shape (K,), where 2^K is the largest power of two that divides C_in and C_out. The parameter is
+            named `sorted_gate` if `sort` is true, and `unsorted_gate` otherwise: a checkpoint says how its gates are
+            read. Loading one sets `sort`.
 
     Shape:
         Input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H_out, W_out) or (C_out, H_out, W_out), as
@@ -70,10 +72,12 @@ class DGConv2d(nn.Conv2d):
         True
     """
 
+    __constants__ = [*nn.Conv2d.__constants__, "nested", "sort"]  # noqa: RUF012
     # torch.jit.script compiles properties, and a graph cannot read the gates on the host.
-    __jit_unused_properties__ = ("closed", "num_groups")
+    __jit_unused_properties__ = ("closed", "gate", "num_bits", "num_groups")
 
-    gate: Tensor
+    gate_reading: tuple[nn.Module, Tensor] | None = None
+    """The reading of a forward call in a graph that is being compiled, see `timm_dgconv.layers.gate_reader`."""
 
     def __init__(
         self,
@@ -85,7 +89,9 @@ class DGConv2d(nn.Conv2d):
         dilation: _size_2_t = 1,
         *,
         bias: bool = True,
-        sort: bool = False,
+        padding_mode: str = "zeros",
+        sort: bool = True,
+        nested: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         groups: None = None,
@@ -95,7 +101,7 @@ class DGConv2d(nn.Conv2d):
                 f"DGConv2d learns its groups and takes no groups={groups!r}; for a fixed number of groups use "
                 f"torch.nn.Conv2d(..., groups={groups!r})"
             )
-        num_bits = grouping.num_bits(in_channels, out_channels)
+        num_bits = algebra.num_bits(in_channels, out_channels)
         super().__init__(
             in_channels,
             out_channels,
@@ -104,37 +110,72 @@ class DGConv2d(nn.Conv2d):
             padding=padding,
             dilation=dilation,
             bias=bias,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
             device=device,
             dtype=dtype,
         )
-        self.sort = sort
-        self.gate = nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype))
-        gate_cache.share_reader([self])
+        self.add_gates(nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype)), sort, nested)
         self.reset_gate()
+
+    def add_gates(self, gate: nn.Parameter, sort: bool, nested: bool) -> None:
+        """Add the gates to a convolution without gates. `timm_dgconv.groupable` converts convolutions with this."""
+        self.sort, self.nested = sort, nested
+        self.register_parameter(GATE_NAMES[sort], gate)
+        self._channels_of_gates = (self.out_channels, self.in_channels)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as torch.nn.Conv2d does, and the gates as `reset_gate` does."""
         super().reset_parameters()
-        if hasattr(self, "gate"):  # torch.nn.Conv2d.__init__ calls this before the gates exist
+        if hasattr(self, "sort"):  # torch.nn.Conv2d.__init__ calls this before the gates exist
             self.reset_gate()
 
+    @torch.no_grad()
     def reset_gate(self, groups: int | None = None) -> None:
         """Initialise the gates.
 
         Args:
-            groups: Start with this number of contiguous groups, and gates at `PRETRAINED_GATE` from zero. By default
-                every gate is +1e-8 or -1e-8 at random, so that the first step can flip any gate (original release).
+            groups: Start with this number of contiguous groups, and gates at
+                `timm_dgconv.layers.checkpoints.PRETRAINED_GATE` from zero. By default every gate is +1e-8 or -1e-8 at
+                random, so that the first step can flip any gate (original release).
 
         Raises:
             ValueError: If the layer cannot have this number of groups.
         """
-        if groups is not None and groups not in [1 << n for n in range(len(self.gate) + 1)]:
-            raise ValueError(f"groups={groups} must be a power of two and at most {1 << len(self.gate)}")
-        with torch.no_grad():
-            if groups is None:
-                self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
-            else:  # contiguous groups: the most significant bits are closed
-                self.gate.fill_(PRETRAINED_GATE)[: groups.bit_length() - 1].neg_()
+        if groups is None:
+            self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
+        elif groups in [1 << closed for closed in range(self.gate.numel() + 1)]:
+            self.gate.copy_(contiguous_gates(groups, self.gate))
+        else:
+            raise ValueError(f"groups={groups} must be a power of two and at most {1 << self.gate.numel()}")
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """The gates of shape (K,)."""
+        return self.sorted_gate if self.sort else self.unsorted_gate  # type: ignore[return-value]
+
+    def set_sort(self, sort: bool) -> None:
+        """Let the gates act on other bits, see the argument `sort`. The parameter stays and gets another name."""
+        if sort != self.sort:
+            gate = self.gate
+            delattr(self, GATE_NAMES[self.sort])
+            self.register_parameter(GATE_NAMES[sort], gate)
+            self.sort = sort
+
+    @property
+    def num_bits(self) -> int:
+        """Number of gates K.
+
+        Raises:
+            RuntimeError: If the channels have changed since the layer was built.
+        """
+        out_channels, in_channels = self._channels_of_gates
+        shape = tuple(self.weight.shape)
+        if len(shape) == 4 and shape[:2] != self._channels_of_gates:  # sharded weights have other dimensions
+            raise RuntimeError(
+                f"the weight of a DGConv2d has shape {shape}, and its gates belong to {in_channels} -> {out_channels} "
+                "channels; its channels must not be changed (pruners do): use timm_dgconv.compact first"
+            )
+        return algebra.num_bits(in_channels, out_channels)
 
     @property
     def closed(self) -> tuple[bool, ...]:
@@ -143,164 +184,141 @@ class DGConv2d(nn.Conv2d):
         Raises:
             RuntimeError: If a gate is nan, or if this process does not have the values of all gates.
         """
-        num_bits = grouping.num_bits(self.in_channels, self.out_channels)
-        if self.gate.numel() != num_bits or not (self.gate.is_meta or self.gate.untyped_storage().nbytes()):
-            raise RuntimeError(
-                "FullyShardedDataParallel has sharded the gates of a DGConv2d; read them inside "
-                "FullyShardedDataParallel.summon_full_params(model), or shard with torch.distributed.fsdp.fully_shard"
-            )
-        return gate_cache.closed_on_host(self.gate)
+        return algebra.read_bits(gate_reader.read_alone(self), sort=False, nested=False).closed
 
     @property
     def num_groups(self) -> int:
         """Current number of groups; raises as `closed` does."""
         return 1 << sum(self.closed)
 
+    def bits(self) -> tuple[bool, ...]:
+        """Return whether each bit of the channel index is closed, the most significant bit first; raises as above."""
+        return algebra.read_bits(gate_reader.read_alone(self), self.sort, self.nested).closed
+
     def connectivity(self) -> Tensor:
         """Return the 0/1 matrix U of shape (C_out, C_in): 1 where an input channel feeds an output channel.
 
         It has the dtype of the weight and is differentiable in the gates by the straight-through estimator.
         """
-        return connectivity(self.gate, self.out_channels, self.in_channels, self.sort).to(self.weight.dtype)
+        u = connectivity(self.gate, self.out_channels, self.in_channels, self.sort, self.nested)
+        return u.to(self.weight.dtype)
 
     def complexity(self) -> Tensor:
-        """Return the number of connected channel pairs; see `timm_dgconv.layers.grouping.complexity`."""
-        return grouping.complexity(self.gate, self.out_channels, self.in_channels)
+        """Return the number of connected channel pairs; see `timm_dgconv.ops.algebra.complexity`."""
+        return algebra.complexity(self.gate, self.out_channels, self.in_channels, self.sort, self.nested)
 
-    @torch.no_grad()
-    def to_group_conv(self, groups: int | None = None) -> GroupConv2d:
-        """Return a group convolution with the connected part of the weight.
+    def to_group_conv(self, groups: int | None = None) -> nn.Conv2d:
+        """Return a torch.nn.Conv2d with the connected part of the weight. It has the hooks of this layer.
+
+        Without `sort`, the groups may not be ranges of channels. Then the result has the smallest contiguous groups
+        that hold them, with zeros between the channels that the gates do not connect.
 
         Args:
             groups: Number of contiguous groups. The default are the groups of this layer, so the result computes the
                 same.
 
         Raises:
-            ValueError: If `groups` does not divide the channel counts.
+            ValueError: If `groups` does not divide the channel counts, or if the layer computes something else than its
+                class: a subclass, a forward pass of its own, or a weight that a hook computes.
             RuntimeError: As `closed`.
         """
-        weight, bias, orders = self.weight, self.bias, None
-        if groups is None:
-            groups = self.num_groups
-            in_order, out_order = (
-                grouping.channel_order(self.gate, channels, self.sort)
-                for channels in (self.in_channels, self.out_channels)
+        return copy.deepcopy(self, {id(self.weight): self.weight}).to_group_conv_(groups)
+
+    @torch.no_grad()
+    def to_group_conv_(self, groups: int | None = None) -> nn.Conv2d:
+        """Turn this layer into a torch.nn.Conv2d, in place; see `to_group_conv`."""
+        if type(self) is not DGConv2d or "forward" in vars(self) or "weight" not in dict(self.named_parameters()):
+            raise ValueError(
+                f"a {type(self).__name__} whose forward pass or weight is not that of DGConv2d cannot become a "
+                "torch.nn.Conv2d; remove what changes it (torch.nn.utils.prune.remove, remove_weight_norm), or leave "
+                "the layer out"
             )
-            weight, bias = weight[out_order][:, in_order], None if bias is None else bias[out_order]
-            orders = in_order, out_order.argsort()
+        weight = self.weight
+        if groups is None:
+            bits = algebra.read_bits(gate_reader.read_alone(self), self.sort, self.nested)
+            groups = 1 << bits.prefix
+            weight = weight if all(bits.closed[: sum(bits.closed)]) else weight * self.connectivity()[:, :, None, None]
         elif groups < 1 or self.in_channels % groups or self.out_channels % groups:
             raise ValueError(f"groups={groups} does not divide the {self.in_channels} -> {self.out_channels} channels")
-        result: GroupConv2d = group_conv_like(self, groups)
-        result.weight.copy_(grouping.group_blocks(weight, groups).flatten(0, 1))
-        if bias is not None and result.bias is not None:
-            result.bias.copy_(bias)
-        if orders is not None:
-            result.set_orders(*orders)
-        return result
+        is_channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+        blocks = group_blocks(weight.detach(), groups).flatten(0, 1).contiguous(memory_format=memory_format)
+        blocks = blocks.clone(memory_format=torch.preserve_format) if groups == 1 else blocks
+        delattr(self, GATE_NAMES[self.sort])
+        for name in ("sort", "nested", "steered", "_channels_of_gates"):
+            vars(self).pop(name, None)
+        self.weight = nn.Parameter(blocks, self.weight.requires_grad)
+        self.groups = groups
+        self.__class__ = nn.Conv2d  # type: ignore[assignment]
+        return self
 
     def fuse(self) -> nn.Conv2d:
         """Return the module for inference, as `timm.utils.reparameterize_model` requests it."""
-        return self.to_group_conv().fuse()
+        return self.to_group_conv()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        """Load the format of this layer, of the original release, or of a plain group convolution without gates."""
+        """Load a format that `timm_dgconv.layers.checkpoints` lists, and report what does not fit as torch does."""
         try:
-            self._remap_state_dict(state_dict, prefix)
+            remap_state_dict(self, state_dict, prefix)
         except ValueError as error:
             *_, error_msgs = args
             error_msgs.append(f"{prefix[:-1]}: {error}" if prefix else str(error))
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _remap_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rewrite the entries of this layer to its own format, in place."""
-        for name in ("weight", "bias"):  # the original release has a child module `conv`
-            if f"{prefix}conv.{name}" in state_dict:
-                state_dict.setdefault(f"{prefix}{name}", state_dict.pop(f"{prefix}conv.{name}"))
-        for name in ("D", "I"):  # constants of the original release: a 2x2 identity and 2x2 ones
-            state_dict.pop(f"{prefix}{name}", None)
-
-        if f"{prefix}in_order" in state_dict or f"{prefix}out_order" in state_dict:
-            raise ValueError(
-                "the checkpoint is compact and has no weights between its groups; build the model with the `groups` of "
-                "its config.json"
-            )
-        gate, weight = state_dict.get(f"{prefix}gate"), state_dict.get(f"{prefix}weight")
-        if isinstance(gate, Tensor) and gate.shape != self.gate.shape:
-            raise ValueError(
-                f"the checkpoint has {gate.numel()} gates of shape {tuple(gate.shape)}, expected {self.gate.numel()} "
-                f"for {self.in_channels} -> {self.out_channels} channels; load it into a model of the width that it "
-                "was saved from"
-            )
-        if f"{prefix}gate" not in state_dict and isinstance(weight, Tensor):
-            state_dict[f"{prefix}weight"], state_dict[f"{prefix}gate"] = self._from_group_conv(weight)
-
-    def _from_group_conv(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the dense weight and the gates that compute the same as a group convolution with this weight.
-
-        The gates are `PRETRAINED_GATE` away from zero. The connections between groups keep the values of this layer,
-        since zeros would give a closed gate no gradient.
-        """
-        shape = (self.out_channels, self.in_channels, *self.kernel_size)
-        if weight.ndim != 4 or weight.shape[0] != shape[0] or weight.shape[2:] != shape[2:] or not weight.shape[1]:
-            raise ValueError(
-                f"the checkpoint has a weight of shape {tuple(weight.shape)} and no gates; expected a group "
-                f"convolution with a weight of shape ({shape[0]}, {shape[1]} / groups, {shape[2]}, {shape[3]})"
-            )
-        groups, rest = divmod(shape[1], weight.shape[1])
-        num_bits = self.gate.numel()
-        if rest or groups not in [1 << closed for closed in range(num_bits + 1)]:
-            raise ValueError(
-                f"the checkpoint has a group convolution with {shape[1] / weight.shape[1]:g} groups; for {shape[1]} -> "
-                f"{shape[0]} channels the number must be a power of two up to {1 << num_bits}"
-            )
-        if self.weight.is_meta:  # no values to keep
-            dense = torch.empty(shape, device=weight.device, dtype=weight.dtype)
-            nn.init.kaiming_uniform_(dense, a=math.sqrt(5))  # as torch.nn.Conv2d.reset_parameters
-        else:
-            dense = self.weight.detach().to(weight.device, weight.dtype, copy=True)
-        grouping.group_blocks(dense, groups).copy_(weight.detach().unflatten(0, (groups, -1)))
-        gate = torch.full((num_bits,), PRETRAINED_GATE, device=weight.device, dtype=weight.dtype)
-        gate[: groups.bit_length() - 1] = -PRETRAINED_GATE  # contiguous groups: the most significant bits are closed
-        return dense, gate
-
     def extra_repr(self) -> str:
-        """Return torch.nn.Conv2d's representation, with `sort` if it is set."""
-        return super().extra_repr() + (", sort=True" if self.sort else "")
+        """Return torch.nn.Conv2d's representation, and the form if it is one of the paper's."""
+        form = "" if self.sort and self.nested else ", nested=False" if self.sort else ", sort=False"
+        return super().extra_repr() + form
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the input with the connected part of the weight."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.masked_dense(input)
         else:  # torch.jit.script does not compile this branch
-            if dgconv_op.is_supported(input, self.weight, self.gate):
-                return self._grouped(input)
-            gate_cache.refuse_nan(self.gate)
-            return self.masked_dense(input)
+            if not autograd.is_grouped(input, self.weight, self.gate):
+                gate_reader.refuse_nan(self)
+                return self.masked_dense(input)
+            values = gate_reader.read(self)
+            x, padding = self._pad(input if input.ndim == 4 else input.unsqueeze(0))
+            geometry = (self.stride, padding, self.dilation)
+            y = autograd.dgconv2d(x, self.weight, self.bias, self.gate, values, *geometry, self.sort, self.nested)
+            return y if input.ndim == 4 else y.squeeze(0)
 
     def masked_dense(self, input: Tensor) -> Tensor:
-        """Compute the same as a dense convolution with a masked weight, as the original release does.
-
-        Exported, traced and scripted graphs contain this form, since the gates are data there.
-        """
-        weight = self.weight * self.connectivity()[:, :, None, None]
-        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation)
-
-    def _grouped(self, input: Tensor) -> Tensor:
-        """Compute a group convolution, whose groups the host knows."""
-        x = input if input.ndim == 4 else input.unsqueeze(0)
-        if isinstance(self.padding, str):
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            height, width = (0, 0) if self.padding == "valid" else total
-            x = F.pad(x, (0, width % 2, 0, height % 2))  # "same" pads one more at the end if the total is odd
-            padding = (height // 2, width // 2)
+        """Compute the same as a dense convolution with a masked weight, see `timm_dgconv.ops.naive`."""
+        x, padding = self._pad(input)
+        if self.sort:  # noqa: SIM108, torch.jit.script compiles one branch of a statement
+            gate = self.sorted_gate
         else:
-            padding = self.padding  # type: ignore[assignment]
-        reader: Any = self.gate_reader
-        closed = None if torch.compiler.is_compiling() else reader.closed(self)
-        y = dgconv_op.dgconv2d(
-            x, self.weight, self.bias, self.gate, self.stride, padding, self.dilation, self.sort, closed=closed
+            gate = self.unsorted_gate
+        return masked_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            gate,  # type: ignore[arg-type]
+            [self.stride[0], self.stride[1]],
+            padding,
+            [self.dilation[0], self.dilation[1]],
+            self.sort,
+            self.nested,
         )
-        return y if input.ndim == 4 else y.squeeze(0)
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, list[int]]:
+        """Pad the input as far as torch.conv2d cannot, and return the padding that is left."""
+        if isinstance(self.padding, str):
+            before, after = [0, 0], [0, 0]
+            if self.padding == "same":
+                total = [self.dilation[n] * (self.kernel_size[n] - 1) for n in range(2)]
+                before = [total[0] // 2, total[1] // 2]
+                after = [total[0] - before[0], total[1] - before[1]]  # one more if the total is odd
+        else:
+            before = [self.padding[0], self.padding[1]]
+            after = before
+        if self.padding_mode != "zeros":
+            return F.pad(input, [before[1], after[1], before[0], after[0]], mode=self.padding_mode), [0, 0]
+        if after != before:
+            input = F.pad(input, [0, after[1] - before[1], 0, after[0] - before[0]])
+        return input, before

@@ -1,48 +1,49 @@
-"""The compact and the deployed form of a network: group convolutions with the learned groups.
-
-The compact form trains. The deployed form of a G-ResNet or G-ResNeXt also has its batch norms folded into the
-convolutions: `timm.utils.reparameterize_model` builds it by calling `fuse` on the modules.
-"""
+"""The compact form of a network: torch.nn.Conv2d layers with the learned groups. It trains."""
 
 import copy
-from itertools import pairwise
+from collections import Counter
 from typing import Any
 
 import timm.layers
 import torch
+from timm.models.resnet import Bottleneck
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.layers.group_conv import GroupConv2d
-from timm_dgconv.models.channel_orders import absorb_orders
-from timm_dgconv.models.group_net import TRAINING_ARGS, GroupNet
+from timm_dgconv.models.group_net import TRAINING_ARGS, GroupNet, layer_groups
+from timm_dgconv.ops import algebra
 
-_BATCH_NORMS_WITH_ACT = (
-    timm.layers.BatchNormAct2d,
-    timm.layers.SyncBatchNormAct,
-    timm.layers.FrozenBatchNormAct2d,
+_PER_CHANNEL = (
+    *(nn.Identity, nn.BatchNorm2d, nn.SyncBatchNorm, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout2d),
+    *(timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct, timm.layers.FrozenBatchNormAct2d),
+    *(timm.layers.BlurPool2d, timm.layers.DropBlock2d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Softplus),
 )
+"""Types of modules that compute each channel in the same way, apart from parameters and buffers with one value each."""
 
 
 def compact(model: nn.Module) -> nn.Module:
-    """Return a copy of a network that computes the same with group convolutions instead of DGConv2d layers.
+    """Return a copy of a network that computes the same with torch.nn.Conv2d layers instead of DGConv2d layers.
 
     The copy keeps only the connected weights: at 32 groups 25 M of the 69 M parameters of g_resnext50. It trains with
-    its groups fixed. The group convolutions of learned groups need their channels in another order. The orders move
-    into the weights around them, see `timm_dgconv.models.channel_orders`. Where they cannot, a GroupConv2d reorders the
-    channels when it runs.
+    its groups fixed.
+
+    Layers with ``sort=False`` need another order of channels for this. In timm's bottlenecks the order moves into the
+    1x1 convolutions around the layer. Elsewhere the copy has the smallest contiguous groups that hold the learned ones,
+    with zeros between the channels that are not connected.
 
     Args:
         model: A network with DGConv2d layers.
 
     Returns:
-        A copy of the model. ``timm.create_model(name, groups=layer_groups(model))`` builds the same structure for the
+        A copy of the model. ``timm.create_model(name, groups=layer_groups(copy))`` builds the same structure for the
         models of this package.
 
     Raises:
-        ValueError: If the model has neither a DGConv2d nor a GroupConv2d.
+        ValueError: If the model has no DGConv2d and is not compact, or if a DGConv2d computes something else than its
+            class, see `timm_dgconv.DGConv2d.to_group_conv`.
 
     Examples:
         >>> import timm, torch
@@ -55,14 +56,12 @@ def compact(model: nn.Module) -> nn.Module:
         True
     """
     result: Any = copy.deepcopy(model)
-    if not group_layers(result):
+    if not any(isinstance(module, DGConv2d) for module in result.modules()) and not layer_groups(result):
         raise ValueError(
             f"{type(model).__name__} has no DGConv2d; use compact on a model of this package, or on a network that "
             "timm_dgconv.groupable has converted"
         )
     to_group_convs(result)
-    if isinstance(result, DGConv2d):
-        result = result.to_group_conv()
     args = {key: value for key, value in getattr(result, _compat.MODEL_ARGS, {}).items() if key not in TRAINING_ARGS}
     if isinstance(result, GroupNet):
         args["groups"] = layer_groups(result)
@@ -72,71 +71,56 @@ def compact(model: nn.Module) -> nn.Module:
 
 
 def to_group_convs(model: nn.Module) -> None:
-    """Replace every DGConv2d inside a module, and move the orders of channels into other weights, in place."""
-    places = [(parent, *entry) for parent in model.modules() for entry in parent.named_children()]
-    convs = {module: module.to_group_conv() for module in model.modules() if isinstance(module, DGConv2d)}
-    for parent, name, child in places:
-        if child in convs:
-            setattr(parent, name, convs[child])
-    absorb_orders(model)
-
-
-def group_layers(model: nn.Module) -> dict[str, DGConv2d | GroupConv2d]:
-    """Return the layers that learn their groups, or have learned them, by name in the order of the model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DGConv2d | GroupConv2d)}
-
-
-def layer_groups(model: nn.Module) -> list[int]:
-    """Return the number of groups of every DGConv2d and GroupConv2d, for the `groups` argument of `timm.create_model`.
-
-    Args:
-        model: A model, learnable or compact, or a module that contains one.
-
-    Returns:
-        One number per layer in the order of the model. The list is empty if there is no such layer.
-
-    Examples:
-        >>> import timm
-        >>> layer_groups(timm.create_model("test_g_resnext", groups=[1, 2, 4, 8]))
-        [1, 2, 4, 8]
-    """
-    return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in group_layers(model).values()]
+    """Turn every DGConv2d inside a module into a torch.nn.Conv2d, in place. Layers that share weights still do."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            _sort_channels(module, {key for key, count in owners.items() if count > 1})
+    weights: dict[tuple[int, int], Any] = {}
+    kept = []  # an id is valid as long as its tensor lives
+    for layer in [module for module in model.modules() if isinstance(module, DGConv2d)]:
+        kept.append((layer.weight, layer.gate))
+        key = id(layer.weight), id(layer.gate)
+        conv = layer.to_group_conv_()
+        conv.weight = weights.setdefault(key, conv.weight)
 
 
 @torch.no_grad()
-def fold_norm(conv: Any, norm: Any) -> Any:
-    """Fold the running statistics and weights of a batch norm into the convolution before it.
+def _sort_channels(block: Any, tied: set[int]) -> None:
+    """Reorder the channels inside of a bottleneck so that its 3x3 layer has contiguous groups, where that is exact.
 
     Args:
-        conv: The module before the norm; changed in place if it is a plain convolution.
-        norm: The norm, in training or evaluation mode.
-
-    Returns:
-        The module that replaces the norm: an identity, or the activation of the norm. The norm itself comes back, and
-        the convolution is unchanged, if the norm is of another kind or has no running statistics, or if `conv` is not a
-        convolution.
+        block: The bottleneck; changed in place.
+        tied: Ids of the parameters that other modules have, too.
     """
-    is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, *_BATCH_NORMS_WITH_ACT)
-    if type(conv) not in (nn.Conv2d, GroupConv2d) or not is_batch_norm or norm.running_mean is None:
-        return norm
-    # A GroupConv2d reorders its output before the norm.
-    out_order = getattr(conv, "out_order", None)
-    order = slice(None) if out_order is None else out_order.argsort()
-    # Fold in float64: the weights may be in half precision.
-    names = ("running_mean", "running_var", "weight", "bias")
-    values: Any = (value if (value := getattr(norm, name)) is None else value.double()[order] for name in names)
-    mean, var, weight, bias = values
-    conv_bias = None if conv.bias is None else conv.bias.double()
-    fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)
-    conv.weight.copy_(fused_weight)
-    conv.bias = nn.Parameter(fused_bias.to(conv.weight.dtype), conv.weight.requires_grad)
-    if type(norm) in _BATCH_NORMS_WITH_ACT:
-        return nn.Sequential(norm.drop, norm.act)
-    return nn.Identity()
+    conv: Any = block.conv2
+    if not isinstance(conv, DGConv2d) or conv.sort:
+        return
+    between = {
+        name: [getattr(block, name) for name in names]
+        for name, names in {"before": ("bn1", "act1"), "after": ("bn2", "drop_block", "act2", "aa")}.items()
+    }
+    inside = [conv, *between["before"], *between["after"]]
+    is_pointwise = all(type(c) is nn.Conv2d and c.groups == 1 for c in (block.conv1, block.conv3))
+    changed = [block.conv1, block.conv3, *(module for m in inside for module in m.modules())]
+    is_free = is_pointwise and all(type(m) in (*_PER_CHANNEL, nn.Conv2d, DGConv2d) for m in changed)
+    has_hooks = any(getattr(module, hooks) for module in changed for hooks in _compat.HOOKS)
+    if not is_free or has_hooks or any(id(p) in tied for module in changed for p in module.parameters()):
+        return
+    bits = conv.bits()
+    order = {channels: algebra.channel_order(bits, channels) for channels in (conv.in_channels, conv.out_channels)}
+    before, after = order[conv.in_channels], order[conv.out_channels]
+    conv.weight.copy_(conv.weight[after][:, before])
+    conv.set_sort(True)
+    _permute((block.conv1, *between["before"]), before)
+    _permute((*between["after"], *([conv] if conv.bias is not None else [])), after, skip=conv.weight)
+    block.conv3.weight.copy_(block.conv3.weight[:, after])
 
 
-def fold_sequence(module: nn.Module | None) -> None:
-    """Fold every batch norm of a torch.nn.Sequential into the convolution directly before it."""
-    if isinstance(module, nn.Sequential):
-        for (_, conv), (name, norm) in pairwise(list(module.named_children())):
-            setattr(module, name, fold_norm(conv, norm))
+def _permute(modules: Any, order: torch.Tensor, skip: Any = None) -> None:
+    """Permute the parameters and buffers that modules have per channel."""
+    for module in modules:
+        for inner in module.modules():
+            for tensor in (*inner.parameters(recurse=False), *inner.buffers(recurse=False)):
+                if tensor is not skip and tensor.ndim and tensor.shape[0] == order.shape[0]:
+                    tensor.copy_(tensor[order.to(tensor.device)])

@@ -5,8 +5,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.densenet import DenseNet
 
-from timm_dgconv.models.group_net import GroupNet
-from timm_dgconv.models.sources import check_pretrained, source_cfgs
+from timm_dgconv.models.base_models import base_cfgs, check_pretrained
+from timm_dgconv.models.group_net import GroupFeatureListNet, GroupNet, add_gates
 
 __all__ = ["GDenseNet"]
 
@@ -14,8 +14,10 @@ __all__ = ["GDenseNet"]
 class GDenseNet(GroupNet, DenseNet):
     """A timm DenseNet whose 3x3 convolutions are DGConv2d layers. The arguments are those of `GroupNet`."""
 
+    group_convs = r".*\.denselayer\d+\.conv2"
 
-default_cfgs = generate_default_cfgs(source_cfgs("g_densenet121"))
+
+default_cfgs = generate_default_cfgs(base_cfgs("g_densenet121"))
 
 
 @register_model
@@ -24,7 +26,11 @@ def g_densenet121(pretrained: bool = False, **kwargs: Any) -> GDenseNet:
     if pretrained:
         check_pretrained("g_densenet121", kwargs)
     model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16))
-    feature_cfg = dict(flatten_sequential=True)
     return build_model_with_cfg(
-        GDenseNet, "g_densenet121", pretrained, feature_cfg=feature_cfg, **dict(model_args, **kwargs)
+        GDenseNet,
+        "g_densenet121",
+        pretrained,
+        pretrained_filter_fn=add_gates,
+        feature_cfg=dict(feature_cls=GroupFeatureListNet, flatten_sequential=True),
+        **dict(model_args, **kwargs),
     )

@@ -1,14 +1,17 @@
 """The arguments that all networks of this package have beside the arguments of their timm class."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from timm.models import FeatureListNet
 from torch import nn
 
 from timm_dgconv import _compat
+from timm_dgconv.layers.checkpoints import GATE_NAMES, from_conv
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.layers.gate_cache import share_reader
-from timm_dgconv.models.groupable import groupable
+from timm_dgconv.layers.gate_reader import OneReading
+from timm_dgconv.models.convert import groupable
 from timm_dgconv.optim import complexity, steering
 
 TRAINING_ARGS = (
@@ -18,21 +21,26 @@ TRAINING_ARGS = (
     "gate_steps",
     "init_groups",
     "freeze_groups",
+    "nested",
 )
 """Arguments of a model that say how it is trained. They do not belong in its config.json."""
 
 
-class GroupNet(nn.Module):
+class GroupNet(OneReading):
     """Base class of networks with DGConv2d layers (GroupNets, https://arxiv.org/abs/1908.05867, section 4).
 
-    The next base class is a network of timm. If it has no DGConv2d, `timm_dgconv.groupable` converts its convolutions.
+    The next base class is a network of timm. `timm_dgconv.groupable` converts the convolutions that `learns_groups`
+    chooses.
 
     Args:
         *args: Arguments of the network of timm.
         groups: A fixed number of groups, in all layers or one per layer, instead of learned groups. This builds group
             convolutions (the compact form, see `timm_dgconv.compact`).
+        sort: Whether groups are ranges of channels, see `timm_dgconv.DGConv2d`. The networks of the paper have
+            ``sort=False``.
+        nested: Whether gates receive the slope of their flip, see `timm_dgconv.DGConv2d`.
         complexity_weight: Every optimizer step adds the gradient of ``complexity_weight * log(complexity)`` to the
-            gradient of the gates. See `timm_dgconv.optim.steering.steer`, also for the next three.
+            gradient of the gates. See `timm_dgconv.steer`, also for the next three.
         complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1. It needs
             no weight.
         gate_bound: Largest distance of a gate from zero.
@@ -48,10 +56,15 @@ class GroupNet(nn.Module):
             argument is out of range or needs gates that learn.
     """
 
+    group_convs: ClassVar[str]
+    """A regular expression for the names of the convolutions that learn their groups, if they are larger than 1x1."""
+
     def __init__(
         self,
         *args: Any,
         groups: int | Sequence[int] | None = None,
+        sort: bool = True,
+        nested: bool = True,
         complexity_weight: float | None = None,
         complexity_target: float | None = None,
         gate_bound: float | None = None,
@@ -69,20 +82,24 @@ class GroupNet(nn.Module):
         if init_groups is not None and groups is not None:
             raise ValueError(f"init_groups={init_groups} needs gates, and groups=... has none; leave one out")
         super().__init__(*args, **kwargs)
-        convs = _dgconvs(self)
-        if not convs:
-            convs = _dgconvs(groupable(self))
-            for conv in convs.values():
-                conv.reset_gate()
-        share_reader(convs.values())
-        for name, conv, number in _per_layer(convs, "groups", groups):
-            self.set_submodule(name, conv.to_group_conv(number))
-        for _, conv, number in _per_layer(convs, "init_groups", init_groups):
+        groupable(self, where=self.learns_groups)
+        convs = {name: module for name, module in self.named_modules() if isinstance(module, DGConv2d)}
+        for conv in convs.values():
+            conv.set_sort(sort)
+            conv.nested = nested
+            conv.reset_gate()
+        for conv, number in _per_layer(convs, "groups", groups):
+            conv.to_group_conv_(number)
+        for conv, number in _per_layer(convs, "init_groups", init_groups):
             conv.reset_gate(number)
         if is_steered:
             steering.steer(self, **steers)  # type: ignore[arg-type]
         if freeze_groups and groups is None:
             complexity.freeze_groups(self)
+
+    def learns_groups(self, name: str, conv: nn.Conv2d) -> bool:
+        """Return whether a convolution of the network of timm learns its groups, or has learned them."""
+        return re.fullmatch(self.group_convs, name) is not None and max(conv.kernel_size) > 1
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Leave out `TRAINING_ARGS` when timm records the arguments of the model."""
@@ -91,17 +108,62 @@ class GroupNet(nn.Module):
         super().__setattr__(name, value)
 
 
-def _dgconvs(model: nn.Module) -> dict[str, DGConv2d]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, DGConv2d)}
+class GroupFeatureListNet(OneReading, FeatureListNet):
+    """timm's feature extractor of a network with DGConv2d layers."""
+
+
+def add_gates(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Give pretrained weights without gates the gates with which a model computes the same, also if they are frozen."""
+    for name, layer in model.named_modules():
+        weight = state_dict.get(f"{name}.weight")
+        gates = [f"{name}.{gate}" for gate in ("gate", *GATE_NAMES.values())]
+        if isinstance(layer, DGConv2d) and weight is not None and not any(gate in state_dict for gate in gates):
+            dense, gate = from_conv(layer, weight)
+            state_dict |= {f"{name}.weight": dense, f"{name}.{GATE_NAMES[layer.sort]}": gate}
+    return state_dict
+
+
+def group_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Return the layers that learn their groups, or have learned them, by name in the order of the model.
+
+    The compact form of a network that is not of this package is made of its own modules, so it has no such layers.
+    """
+    found: dict[str, nn.Conv2d] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, DGConv2d):
+            found[prefix] = module
+        elif isinstance(module, GroupNet):
+            for name, conv in module.named_modules(prefix=prefix):
+                inner = name[len(prefix) + 1 :] if prefix else name
+                if isinstance(conv, nn.Conv2d) and module.learns_groups(inner, conv):
+                    found[name] = conv
+    return {name: found[name] for name, _ in model.named_modules() if name in found}
+
+
+def layer_groups(model: nn.Module) -> list[int]:
+    """Return the number of groups of every layer, for the `groups` argument of `timm.create_model`.
+
+    Args:
+        model: A model, learnable or compact, or a module that contains one.
+
+    Returns:
+        One number per layer in the order of the model. The list is empty if there is no such layer.
+
+    Examples:
+        >>> import timm
+        >>> layer_groups(timm.create_model("test_g_resnext", groups=[1, 2, 4, 8]))
+        [1, 2, 4, 8]
+    """
+    return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in group_layers(model).values()]
 
 
 def _per_layer(
     convs: dict[str, DGConv2d], option: str, groups: int | Sequence[int] | None
-) -> list[tuple[str, DGConv2d, int]]:
-    """Return name, layer and number of groups of each layer, or an empty list if `groups` is None."""
+) -> list[tuple[DGConv2d, int]]:
+    """Return layer and number of groups of each layer, or an empty list if `groups` is None."""
     if groups is None:
         return []
     numbers = [groups] * len(convs) if isinstance(groups, int) else groups
     if not isinstance(numbers, list | tuple) or len(numbers) != len(convs):
         raise ValueError(f"{option}={groups!r} must be one number, or one for each of the {len(convs)} layers")
-    return [(name, conv, number) for (name, conv), number in zip(convs.items(), numbers, strict=True)]
+    return list(zip(convs.values(), numbers, strict=True))

@@ -29,8 +29,8 @@ from torch.optim.optimizer import (
 )
 
 from timm_dgconv import _compat
-from timm_dgconv.layers import gate_cache, grouping
 from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.ops import algebra
 from timm_dgconv.optim.complexity import dgconv_layers
 
 DEFAULT_WEIGHT = 0.1
@@ -152,6 +152,7 @@ class _Group:
         gates: The gate parameters of all layers.
         users: Per parameter the indices of the layers.
         trainable: Per parameter whether the optimizer trains it.
+        nested: Per parameter whether only the gates that can flip next learn.
         sizes: Per layer the number of connections of a dense layer.
     """
 
@@ -160,6 +161,7 @@ class _Group:
         self.gates = list({id(layer.gate): layer.gate for layer in layers}.values())
         self.users = [tuple(n for n, layer in enumerate(layers) if layer.gate is gate) for gate in self.gates]
         self.trainable = [gate.requires_grad and id(gate) in parameters for gate in self.gates]
+        self.nested = tuple(layers[users[0]].sort and layers[users[0]].nested for users in self.users)
         self.sizes = tuple(layer.in_channels * layer.out_channels for layer in layers)
         self.num_gates = tuple(gate.numel() for gate in self.gates)
 
@@ -186,7 +188,7 @@ class _Group:
         connections = list(map(float, self.sizes))
         for values, users in zip(gates, self.users, strict=True):
             for n in users:
-                connections[n] *= 0.5 ** sum(map(gate_cache.is_closed, values))
+                connections[n] *= 0.5 ** sum(map(algebra.is_closed, values))
         return sum(connections)
 
 
@@ -210,8 +212,7 @@ def _groups(optimizer: Optimizer) -> list[_Group]:
     for steering, indexed in members.items():
         layers = [layer for _, layer in sorted(indexed, key=lambda entry: entry[0])]
         for layer in layers:
-            num_bits = grouping.num_bits(layer.in_channels, layer.out_channels)
-            if layer in flattened or (id(layer.gate) in ids and layer.gate.numel() != num_bits):
+            if layer in flattened or (id(layer.gate) in ids and layer.gate.numel() != layer.num_bits):
                 raise RuntimeError(
                     "FullyShardedDataParallel has sharded the gates of a DGConv2d, and complexity_weight needs whole "
                     "gates; shard with torch.distributed.fsdp.fully_shard, or train with DistributedDataParallel"
@@ -269,7 +270,7 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
     """Add the term to the gradient of the gates that the optimizer trains.
 
     The derivative of a layer's complexity, ``size * 2^(-number of closed gates)``, is the complexity times ln(2) for
-    each of its gates.
+    each of its gates that learns: with nested gates, the closed and the open gate nearest to zero.
 
     Args:
         group: The model.
@@ -284,9 +285,11 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
         return set()
     flat = group.flat()
     matrix, sizes = _membership(group.num_gates, tuple(group.users), group.sizes, flat.device, flat.dtype)
-    complexities = sizes * torch.exp2(-(matrix @ grouping.closed_gates(flat).to(flat.dtype)))
+    complexities = sizes * torch.exp2(-(matrix @ algebra.closed_gates(flat).to(flat.dtype)))
     total = complexities.sum()
     term = (complexities @ matrix) * (group.steering.weight * math.log(2) / total)
+    if any(group.nested):
+        term *= _learns(flat, group.num_gates, group.nested)
     if group.steering.target is not None:
         term *= total > group.budget
     if grad_scale is not None:
@@ -300,6 +303,29 @@ def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[i
     # A DTensor has some of the gates here. The gates of a layer have one gradient.
     _compat.foreach_add_(grads, [pieces[n][: len(g)].to(g) for n, g in zip(indices, grads, strict=True)])
     return {id(group.gates[n]) for n in indices}
+
+
+def _learns(flat: Tensor, num_gates: tuple[int, ...], nested: tuple[bool, ...]) -> Tensor:
+    """Return 1 for each gate that learns and 0 for the others, see `timm_dgconv.ops.algebra.read_bits`."""
+    index, rows = _rows(num_gates, flat.device)
+    padded = nn.functional.pad(flat, (0, 1), value=math.inf)[index]  # (parameters, largest number of gates)
+    closed = algebra.closed_gates(padded)
+    learns = torch.zeros_like(padded)
+    for side in (closed, ~closed):
+        distance = torch.where(side, padded.abs(), math.inf)
+        learns.scatter_add_(1, distance.argmin(1, keepdim=True), distance.amin(1, keepdim=True).isfinite().to(flat))
+    every = torch.tensor([not n for n in nested], device="cpu").to(flat.device, flat.dtype, non_blocking=True)
+    return torch.maximum(learns, every.unsqueeze(1)).flatten()[rows]
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(num_gates: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the index that pads flat gates to rows of one length, and the index that takes them back."""
+    width, total = max(num_gates), sum(num_gates)
+    starts = itertools.accumulate(num_gates, initial=0)
+    rows = [[start + k if k < n else total for k in range(width)] for start, n in zip(starts, num_gates, strict=False)]
+    index = torch.tensor(rows, device="cpu")
+    return index.to(device), (index.flatten() < total).nonzero().flatten().to(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -363,11 +389,11 @@ def _hold_target(group: _Group, before: Tensor) -> None:
     stepped = [list(values) for values in new]
     total = group.connections(new)
     for n, k in positions:
-        if total > allowed and not gate_cache.is_closed(new[n][k]):
+        if total > allowed and not algebra.is_closed(new[n][k]):
             total = turn(n, k)
     for n, k in positions:
-        if gate_cache.is_closed(new[n][k]) and not gate_cache.is_closed(old[n][k]) and turn(n, k) > group.budget:
+        if algebra.is_closed(new[n][k]) and not algebra.is_closed(old[n][k]) and turn(n, k) > group.budget:
             turn(n, k)
     for n, k in positions:
-        if gate_cache.is_closed(new[n][k]) != gate_cache.is_closed(stepped[n][k]):
+        if algebra.is_closed(new[n][k]) != algebra.is_closed(stepped[n][k]):
             group.gates[n][k] = new[n][k]

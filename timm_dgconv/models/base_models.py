@@ -1,4 +1,4 @@
-"""The networks of timm whose weights the models of this package load, and their pretrained tags."""
+"""The networks of timm whose weights the models of this package load: their base models, and their pretrained tags."""
 
 import dataclasses
 import logging
@@ -8,7 +8,7 @@ from timm.models import get_pretrained_cfg, list_models, resolve_pretrained_cfg
 
 _logger = logging.getLogger(__name__)
 
-SOURCES = {
+BASE_MODELS = {
     "g_resnet18": "resnet18",
     "g_resnet34": "resnet34",
     "g_resnet50": "resnet50",
@@ -23,7 +23,7 @@ SOURCES = {
 }
 """Name of a model -> name of timm's model with the same widths, whose weights it loads."""
 
-ARCHITECTURES = (*SOURCES, "test_g_resnet", "test_g_resnext")
+ARCHITECTURES = (*BASE_MODELS, "test_g_resnet", "test_g_resnext")
 """Names of all models of this package."""
 
 FAMILIES = {"resnext": "ResNeXt", "resnet": "ResNet", "densenet": "DenseNet"}
@@ -35,18 +35,18 @@ def family(architecture: str) -> str:
     return next(name for name in FAMILIES if name in architecture)
 
 
-def source_cfgs(variant: str, default_tag: str | None = None) -> dict[str, Any]:
-    """Return every pretrained tag of the source of a model, such as `g_resnet50.resnet_a1_in1k`.
+def base_cfgs(variant: str, default_tag: str | None = None) -> dict[str, Any]:
+    """Return every pretrained tag of the base model of a model, such as `g_resnet50.resnet_a1_in1k`.
 
     Args:
         variant: Name of the model.
-        default_tag: The tag of the source that is first, and so is the default. By default it is timm's.
+        default_tag: The tag of the base model that is first, and so is the default. By default it is timm's.
     """
-    source = SOURCES[variant]
-    default = f"{source}.{default_tag or get_pretrained_cfg(source).tag}"
-    names = sorted(list_models(f"{source}.*", pretrained=True), key=lambda name: name != default)
+    base = BASE_MODELS[variant]
+    default = f"{base}.{default_tag or get_pretrained_cfg(base).tag}"
+    names = sorted(list_models(f"{base}.*", pretrained=True), key=lambda name: name != default)
     return {
-        f"{variant}.{family(source)}_{name.split('.', 1)[1]}": dataclasses.replace(
+        f"{variant}.{family(base)}_{name.split('.', 1)[1]}": dataclasses.replace(
             get_pretrained_cfg(name), architecture=None, tag=None
         )
         for name in names
@@ -54,7 +54,7 @@ def source_cfgs(variant: str, default_tag: str | None = None) -> dict[str, Any]:
 
 
 def check_pretrained(variant: str, kwargs: dict[str, Any], missing: str | None = None) -> None:
-    """Warn that the weights of a source have no learned groups.
+    """Warn that the weights of a base model have no learned groups.
 
     Args:
         variant: Name of the model.
@@ -69,8 +69,8 @@ def check_pretrained(variant: str, kwargs: dict[str, Any], missing: str | None =
     elsewhere = cfg.source or cfg.file or cfg.state_dict or "hf_hub_id" in (overlay or {})  # the user's weights
     if cfg.tag == "dgconv_in1k" and not (elsewhere or cfg.has_weights):
         raise RuntimeError(missing)
-    if cfg.tag and variant in SOURCES and cfg.tag.startswith(f"{family(variant)}_") and not elsewhere:
+    if cfg.tag and variant in BASE_MODELS and cfg.tag.startswith(f"{family(variant)}_") and not elsewhere:
         _logger.warning(
-            f"{variant}.{cfg.tag} is a converted {SOURCES[variant]}: it computes the same. Its groups are not learned "
-            "yet."
+            f"{variant}.{cfg.tag} is a converted {BASE_MODELS[variant]}: it computes the same. Its groups are not "
+            "learned yet."
         )

@@ -1,0 +1,170 @@
+"""The values of gates, known on the host.
+
+A group convolution can be built only if the host knows which gates are closed. Gates on the CPU are read directly,
+which costs microseconds. Reading gates on another device waits for it. So the outermost module that owns DGConv2d
+layers reads all their gates at the start of its forward call, in one transfer.
+
+A reading belongs to one forward call of the owner and ends with it. Outside of such a call each layer reads its own
+gates: in a recomputation of activation checkpointing, in a layer or a part of a model that is called alone, and in a
+method of the owner other than its call. The version of a parameter does not tell whether its values have changed: fused
+optimizers, `.data` edits, collectives and replayed CUDA graphs leave it as it is.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_dgconv import _compat
+from timm_dgconv.ops import autograd
+from timm_dgconv.ops.algebra import read_bits
+
+READ_DIRECTLY = {"cpu"}
+"""Types of the devices whose gates are read every time. If it is empty, the CPU behaves as CUDA does."""
+
+
+class _Pass(threading.local):
+    """The forward call that is running in this thread, and what it has read."""
+
+    def __init__(self) -> None:
+        self.owner: nn.Module | None = None
+        self.readings: dict[nn.Module, Sequence[float]] = {}
+
+
+_running = _Pass()
+
+
+class OneReading(nn.Module):
+    """Mixin of networks whose forward call reads the gates of all DGConv2d layers inside in one transfer."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        with _one_reading(self):
+            return super().__call__(*args, **kwargs)
+
+
+def read_once_per_call(owner: nn.Module) -> None:
+    """Let each forward call of a module read the gates of all DGConv2d layers inside in one transfer."""
+    if _before_forward not in getattr(owner, _compat.HOOKS[1]).values():
+        owner.register_forward_pre_hook(_before_forward)
+        owner.register_forward_hook(_after_forward, always_call=True)
+
+
+# torch.jit.script compiles the hooks of a module. These have the types of a network from a tensor to a tensor.
+
+
+def _before_forward(self: Any, input: tuple[Tensor]) -> None:
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    else:
+        _begin(self)
+
+
+def _after_forward(self: Any, input: tuple[Tensor], output: Tensor) -> None:
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        pass
+    else:
+        _end(self)
+
+
+@contextmanager
+def _one_reading(owner: nn.Module) -> Iterator[None]:
+    _begin(owner)
+    try:
+        yield
+    finally:
+        _end(owner)
+
+
+def _layers(owner: nn.Module) -> list[Any]:
+    """Return the DGConv2d layers of a module, which this file cannot import."""
+    return [module for module in owner.modules() if hasattr(module, "gate_reading")]
+
+
+def _begin(owner: nn.Module) -> None:
+    """Read the gates, unless this call is inside of the call of another owner."""
+    layers = _layers(owner)
+    gates = [layer.gate for layer in layers]
+    if torch.compiler.is_compiling():
+        is_outermost = all(layer.gate_reading is None for layer in layers)
+        if layers and is_outermost and all(autograd.is_grouped(gate, gate, gate) for gate in gates):
+            read_gates: Any = torch.ops.timm_dgconv.read_gates
+            for layer, values in zip(layers, read_gates(gates), strict=True):
+                layer.gate_reading = owner, values
+    elif _running.owner is None or _running.owner is owner:
+        _running.owner, _running.readings = owner, {}
+        waiting = [
+            (layer, gate)
+            for layer, gate in zip(layers, gates, strict=True)
+            if gate.device.type not in READ_DIRECTLY and has_values(layer) and autograd.is_grouped(gate, gate, gate)
+        ]
+        for device in {gate.device for _, gate in waiting}:
+            here = [(layer, gate) for layer, gate in waiting if gate.device == device]
+            for (layer, _), values in zip(here, autograd.read_gates([gate for _, gate in here]), strict=True):
+                _running.readings[layer] = values.tolist()
+
+
+def _end(owner: nn.Module) -> None:
+    """Forget what `_begin` has read for this owner."""
+    if torch.compiler.is_compiling():
+        for layer in _layers(owner):
+            if layer.gate_reading is not None and layer.gate_reading[0] is owner:
+                layer.gate_reading = None
+    elif _running.owner is owner:
+        _running.owner, _running.readings = None, {}
+
+
+def read(layer: Any) -> Sequence[float] | Tensor:
+    """Return the values of the gates of a layer in its forward pass, as `timm_dgconv.ops.autograd.dgconv2d` takes them.
+
+    Raises:
+        RuntimeError: If this process does not have the values.
+    """
+    if torch.compiler.is_compiling():
+        if layer.gate_reading is not None:
+            return layer.gate_reading[1]
+        return torch.ops.timm_dgconv.read_gates([layer.gate])[0]
+    values = _running.readings.get(layer)
+    return read_alone(layer) if values is None else values
+
+
+def read_alone(layer: Any) -> list[float]:
+    """Return the values that the gates of a layer have now. All processes that share a DTensor must make this call.
+
+    Raises:
+        RuntimeError: If this process does not have the values.
+    """
+    gate = layer.gate
+    if gate.is_meta:
+        raise RuntimeError("gates of a DGConv2d are on the meta device and have no values; load weights first")
+    if not has_values(layer):
+        raise RuntimeError(
+            "FullyShardedDataParallel has sharded the gates of a DGConv2d; read them inside "
+            "FullyShardedDataParallel.summon_full_params(model), or shard with torch.distributed.fsdp.fully_shard"
+        )
+    full_tensor = getattr(gate, "full_tensor", None)  # a DTensor
+    return (gate if full_tensor is None else full_tensor()).tolist()
+
+
+def has_values(layer: Any) -> bool:
+    """Return whether this process has the gates of a layer: FullyShardedDataParallel leaves a part, or nothing."""
+    gate = layer.gate
+    return gate.numel() == layer.num_bits and (hasattr(gate, "full_tensor") or gate.untyped_storage().nbytes() > 0)
+
+
+def refuse_nan(layer: Any) -> None:
+    """Raise if a gate is nan and the host can read it. A graph propagates nan to its output instead.
+
+    Raises:
+        RuntimeError: If a gate is nan.
+    """
+    gate = layer.gate
+    if not isinstance(gate, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return
+    gate = _compat.unwrap_functorch(gate)
+    if autograd.is_plain(gate) and not autograd.is_capturing(gate):
+        with _compat.functorch_disabled():
+            read_bits(gate.flatten().tolist(), sort=False, nested=False)

@@ -1,0 +1,78 @@
+"""The deployed form of a network: batch norms folded into the convolutions before them, through timm's `fuse` protocol.
+
+`timm.utils.reparameterize_model` calls `fuse` on modules.
+"""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import timm.layers
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from timm_dgconv import _compat
+from timm_dgconv.models.compact import to_group_convs
+
+_BATCH_NORMS_WITH_ACT = (
+    timm.layers.BatchNormAct2d,
+    timm.layers.SyncBatchNormAct,
+    timm.layers.FrozenBatchNormAct2d,
+)
+
+
+class FoldsNorms(nn.Module):
+    """Mixin of the residual blocks of timm with learned groups: their method `fuse`."""
+
+    def fuse(self) -> nn.Module:
+        """Return the block for inference, as `timm.utils.reparameterize_model` requests it.
+
+        Each DGConv2d becomes a group convolution, see `timm_dgconv.compact`. Batch norms with running statistics are
+        folded into the convolutions before them.
+
+        Returns:
+            A new block. It computes what this block computes in evaluation mode.
+        """
+        block: Any = copy.deepcopy(self)
+        to_group_convs(block)
+        for n in (1, 2, 3):
+            conv, norm = getattr(block, f"conv{n}", None), getattr(block, f"bn{n}", None)
+            if conv is not None and norm is not None:
+                setattr(block, f"bn{n}", fold_norm(conv, norm))
+        if isinstance(block.downsample, nn.Sequential):
+            for (_, conv), (name, norm) in pairwise(list(block.downsample.named_children())):
+                setattr(block.downsample, name, fold_norm(conv, norm))
+        return block
+
+
+@torch.no_grad()
+def fold_norm(conv: Any, norm: Any) -> Any:
+    """Fold the running statistics and weights of a batch norm into the convolution before it.
+
+    Args:
+        conv: The module before the norm; changed in place if it is a plain convolution.
+        norm: The norm, in training or evaluation mode.
+
+    Returns:
+        The module that replaces the norm: an identity, or the activation of the norm. The norm itself comes back, and
+        the convolution is unchanged, if the norm is of another kind or has no running statistics, if `conv` is not a
+        plain convolution, or if a hook computes its weight or sees what it computes.
+    """
+    is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, *_BATCH_NORMS_WITH_ACT)
+    if type(conv) is not nn.Conv2d or not is_batch_norm or norm.running_mean is None:
+        return norm
+    is_plain = dict(conv.named_parameters()).keys() == {"weight", "bias"} - ({"bias"} if conv.bias is None else set())
+    if not is_plain or "forward" in vars(conv) or any(getattr(m, h) for m in (conv, norm) for h in _compat.HOOKS):
+        return norm
+    # Fold in float64: the weights may be in half precision.
+    names = ("running_mean", "running_var", "weight", "bias")
+    values: Any = (None if (value := getattr(norm, name)) is None else value.double() for name in names)
+    mean, var, weight, bias = values
+    conv_bias = None if conv.bias is None else conv.bias.double()
+    fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)
+    conv.weight.copy_(fused_weight)
+    conv.bias = nn.Parameter(fused_bias.to(conv.weight.dtype), conv.weight.requires_grad)
+    if type(norm) in _BATCH_NORMS_WITH_ACT:
+        return nn.Sequential(norm.drop, norm.act)
+    return nn.Identity()
