@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import nn
 
 from timm_dgconv import DGConv2d
-from timm_dgconv.layers import gate_cache
+from timm_dgconv.layers import gate_reader
 
 # Time limits of single examples say more about the machine than about the code.
 settings.register_profile("timm-dgconv", deadline=None)
@@ -55,7 +55,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 def gate_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with gates read as on a CPU, and with gates read as on CUDA."""
     if request.param == "read once per pass":
-        monkeypatch.setattr(gate_cache, "READ_DIRECTLY", set())
+        monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())
 
 
 CLIENT = "client"

@@ -58,12 +58,12 @@ def run(conv: DGConv2d) -> None:
 
 @forms
 @pytest.mark.parametrize("use", [count_groups, run])
-@pytest.mark.parametrize("channels", [8, 12])
+@pytest.mark.parametrize("channels", [8, 12, 16])  # 16 of 48 channels have as many gates
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_a_layer_whose_channels_were_changed_under_it_says_so(
     side: str, channels: int, use: Callable[[DGConv2d], Any], form: dict[str, Any]
 ) -> None:
-    conv = conv_with("0110", **form)
+    conv = conv_with("0110", 48, 48, **form)
     if side == "input":
         conv.in_channels, conv.weight = channels, nn.Parameter(conv.weight.detach()[:, :channels].clone())
     else:

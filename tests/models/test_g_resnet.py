@@ -17,7 +17,7 @@ from timm.layers import BlurPool2d
 from timm.models import group_parameters
 from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm_dgconv.models.sources import ARCHITECTURES, SOURCES, family
+from timm_dgconv.models.base_models import ARCHITECTURES, BASE_MODELS, family
 from torch import nn
 from torch.testing import assert_close
 
@@ -56,9 +56,9 @@ def test_registered() -> None:
     assert any(m.in_channels & (m.in_channels - 1) for m in tiny.modules() if isinstance(m, DGConv2d))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", BASE_MODELS)
 def test_is_its_source_with_dgconvs(name: str) -> None:
-    model, fixed = (timm.create_model(n, device="meta") for n in (name, SOURCES[name]))
+    model, fixed = (timm.create_model(n, device="meta") for n in (name, BASE_MODELS[name]))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     fixed_shapes = {key: value.shape for key, value in fixed.state_dict().items()}
     gate_names = {key for key in shapes if key.endswith(".gate")}
@@ -293,7 +293,7 @@ def test_loads_original_without_classifier(original: tuple[Path, torch.Tensor, t
     ],
 )
 def test_loads_its_source(name: str, groups: int, tmp_path: Path, x: torch.Tensor) -> None:
-    fixed = resnext(SOURCES[name])
+    fixed = resnext(BASE_MODELS[name])
     save_file(fixed.state_dict(), tmp_path / "source.safetensors")
     model = timm.create_model(name, checkpoint_path=tmp_path / "source.safetensors").eval()
     assert set(layer_groups(model)) == {groups}
@@ -356,16 +356,16 @@ def test_default_cfg(name: str) -> None:
         assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", BASE_MODELS)
 def test_every_tag_of_timm(name: str) -> None:
-    sources = timm.list_pretrained(f"{SOURCES[name]}.*")
+    sources = timm.list_pretrained(f"{BASE_MODELS[name]}.*")
     tags = {f"{name}.{family(name)}_{source.split('.', 1)[1]}": source for source in sources}
     assert set(timm.list_pretrained(f"{name}.*")) == set(tags)
     for tag, source in tags.items():
         ours, theirs = (timm.get_pretrained_cfg(n).to_dict() for n in (tag, source))
         assert {key for key in theirs if ours[key] != theirs[key]} == {"architecture", "tag"}
         assert ours["hf_hub_id"] == f"timm/{source}"
-    default = "tv2_in1k" if name == "g_resnext101" else timm.get_pretrained_cfg(SOURCES[name]).tag
+    default = "tv2_in1k" if name == "g_resnext101" else timm.get_pretrained_cfg(BASE_MODELS[name]).tag
     assert timm.get_pretrained_cfg(name).tag == f"{family(name)}_{default}"
 
 

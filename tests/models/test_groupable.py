@@ -8,12 +8,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timm_dgconv.models.groupable import skipped_convs
+from timm_dgconv.models.convert import skipped_convs
 from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, compact, complexity, freeze_groups, groupable
-from timm_dgconv.layers import gate_cache
+from timm_dgconv.layers import gate_reader
 
 
 def create(name: str) -> nn.Module:
@@ -88,7 +88,7 @@ def test_a_convolution_keeps_its_properties(groups: int) -> None:
 
 
 def test_gates_are_read_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_cache, "READ_DIRECTLY", set())  # as on CUDA
+    monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())  # as on CUDA
     model = groupable(create("resnet18"))
     reads = []
     read_together = gate_cache.read_together

@@ -108,10 +108,10 @@ SHARDED = """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel
     from timm_dgconv import DGConv2d, layer_groups
-    from timm_dgconv.layers import gate_cache
+    from timm_dgconv.layers import gate_reader
 
     kind, wanted = args
-    gate_cache.READ_DIRECTLY.clear()  # as on CUDA: an all-gather leaves the versions of gates as they are
+    gate_reader.READ_DIRECTLY.clear()  # as on CUDA: an all-gather leaves the versions of gates as they are
     torch.manual_seed(0)
     model = timm.create_model(
         "test_g_resnext",

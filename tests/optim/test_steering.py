@@ -21,7 +21,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, complexity, freeze_groups
-from timm_dgconv.layers import gate_cache
+from timm_dgconv.layers import gate_reader
 from timm_dgconv.optim import steering
 from timm_dgconv.optim.steering import steer
 
@@ -529,7 +529,7 @@ def test_a_step_that_raises_leaves_nothing_behind() -> None:
 
 def test_transfers_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with a target reads all gates once."""
-    monkeypatch.setattr(gate_cache, "READ_DIRECTLY", set())  # as on CUDA
+    monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())  # as on CUDA
     model = nn.ModuleList(DGConv2d(64, 64, 1, bias=False) for _ in range(20))
     set_gates(model, lambda gate: 0.5 + torch.rand_like(gate))
     steer(model, 1e-2, 0.01)

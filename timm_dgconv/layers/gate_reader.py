@@ -86,25 +86,32 @@ def _layers(owner: nn.Module) -> list[Any]:
 
 def _begin(owner: nn.Module) -> None:
     """Read the gates, unless this call is inside of the call of another owner."""
-    layers = _layers(owner)
-    gates = [layer.gate for layer in layers]
     if torch.compiler.is_compiling():
+        layers = _layers(owner)
+        gates = [layer.gate for layer in layers]
         is_outermost = all(layer.gate_reading is None for layer in layers)
         if layers and is_outermost and all(autograd.is_grouped(gate, gate, gate) for gate in gates):
             read_gates: Any = torch.ops.timm_dgconv.read_gates
             for layer, values in zip(layers, read_gates(gates), strict=True):
                 layer.gate_reading = owner, values
-    elif _running.owner is None or _running.owner is owner:
-        _running.owner, _running.readings = owner, {}
-        waiting = [
-            (layer, gate)
-            for layer, gate in zip(layers, gates, strict=True)
-            if gate.device.type not in READ_DIRECTLY and has_values(layer) and autograd.is_grouped(gate, gate, gate)
-        ]
-        for device in {gate.device for _, gate in waiting}:
-            here = [(layer, gate) for layer, gate in waiting if gate.device == device]
-            for (layer, _), values in zip(here, autograd.read_gates([gate for _, gate in here]), strict=True):
-                _running.readings[layer] = values.tolist()
+        return
+    first = next(owner.parameters(), None)
+    outer = _running.owner
+    is_inside = outer not in (None, owner) and any(module is owner for module in outer.modules())
+    is_direct = first is not None and first.device.type in READ_DIRECTLY  # replicas of DataParallel have no parameters
+    if is_direct or is_inside:
+        return  # each layer reads its own gates, or has the reading of the outer owner
+    readings: dict[nn.Module, Sequence[float]] = {}
+    waiting = [
+        layer
+        for layer in _layers(owner)
+        if has_values(layer) and autograd.is_grouped(layer.gate, layer.gate, layer.gate)
+    ]
+    for device in {layer.gate.device for layer in waiting}:
+        here = [layer for layer in waiting if layer.gate.device == device]
+        values = autograd.read_gates([layer.gate for layer in here])
+        readings |= {layer: found.tolist() for layer, found in zip(here, values, strict=True)}
+    _running.owner, _running.readings = owner, readings
 
 
 def _end(owner: nn.Module) -> None:

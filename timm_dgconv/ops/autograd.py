@@ -102,9 +102,7 @@ def dgconv2d(
     args = (input, weight, bias, gate, values, stride, padding, dilation, sort, nested)
     if is_eager():
         return _DGConv2d.apply(*args)
-    if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=torch.float64, device="cpu")
-    return torch.ops.timm_dgconv.dgconv2d(*args[:4], values, *args[5:])
+    return torch.ops.timm_dgconv.dgconv2d(*args[:4], _on_host(values), *args[5:])
 
 
 def _is_autocast(tensor: Tensor) -> bool:
@@ -117,103 +115,99 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _backward(
+def _output(
+    input: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, values: Tensor | Sequence[float], *options: Any
+) -> Tensor:
+    *geometry, sort, nested = options
+    with _without_autocast(input):
+        return grouped.output(input, weight, bias, _bits(values, sort, nested), *geometry)
+
+
+def _gradients(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     gate: Tensor,
-    bits: Bits,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Return the gradients of input, weight and gates, as far as they are needed."""
-    needs_input, needs_weight, needs_gate = needs
-    geometry = (stride, padding, dilation)
-    grads: list[Tensor | None] = [None, None, None]
+    values: Tensor | Sequence[float],
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of input, weight and gates, or empty tensors for those that are not needed."""
+    *geometry, sort, nested, (needs_input, needs_weight, needs_gate) = options
+    bits = _bits(values, sort, nested)
+    grad_input = grad_weight = grad_gate = None
     with _without_autocast(input):
         if needs_input:
-            grads[0] = grouped.input_gradient(grad_output, input, weight, bits, *geometry)
+            grad_input = grouped.input_gradient(grad_output, input, weight, bits, *geometry)
         if needs_weight or needs_gate:
-            grad_weight, grads[2] = grouped.weight_and_gate_gradients(
-                grad_output, input, weight, gate if needs_gate else None, bits, *geometry
+            learning = gate if needs_gate else None
+            grad_weight, grad_gate = grouped.weight_and_gate_gradients(
+                grad_output, input, weight, learning, bits, *geometry
             )
-            grads[1] = grad_weight if needs_weight else None
-    return grads
+    return tuple(weight.new_empty(0) if grad is None else grad for grad in (grad_input, grad_weight, grad_gate))
+
+
+def _bits(values: Tensor | Sequence[float], sort: bool, nested: bool) -> Bits:
+    return read_bits(values.tolist() if isinstance(values, Tensor) else values, sort, nested)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, values = inputs[:5]
+    ctx.options = inputs[5:]
+    ctx.values = None if isinstance(values, Tensor) else values
+    ctx.save_for_backward(*tensors, *([] if ctx.values is not None else [values]))
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    input, weight, bias, gate, *read = ctx.saved_tensors
+    (values,) = read or [ctx.values]
+    needs = ctx.needs_input_grad[:4]
+    nothing = [None] * (1 + len(ctx.options))
+    # create_graph=True, or torch.autograd.grad(is_grads_batched=True)
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and _compat.transforms_are_active()):
+        return (*_masked_gradients(grad_output, (input, weight, bias, gate), values, ctx.options, needs), *nothing)
+    needs_input, needs_weight, needs_bias, needs_gate = needs
+    args = (*ctx.options, [needs_input, needs_weight, needs_gate])
+    if is_eager():
+        grads = _gradients(grad_output, input, weight, gate, values, *args)
+    else:
+        grads = torch.ops.timm_dgconv.dgconv2d_backward(grad_output, input, weight, gate, _on_host(values), *args)
+    grad_bias = grad_output.sum((0, 2, 3), dtype=bias.dtype) if needs_bias else None
+    found = (grads[0], grads[1], grad_bias, grads[2])
+    return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *nothing)
 
 
 def _masked_gradients(
-    grad_output: Tensor, tensors: Sequence[Any], values: Sequence[float] | Tensor, options: Any, needs: Sequence[bool]
+    grad_output: Tensor, tensors: Sequence[Any], values: Tensor | Sequence[float], options: Any, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of the masked dense form, which torch can differentiate again and batch."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_autocast(tensors[0]):
         # Views are new nodes of the graph, so torch.autograd.grad stops at them.
         tensors = [t if t is None or not needed else t.view_as(t) for t, needed in zip(tensors, needs, strict=True)]
         input, weight, bias, gate = tensors
-        values = torch.as_tensor(values, dtype=torch.float64, device="cpu").to(gate.device)
-        with _without_autocast(input):
-            bias = None if bias is None else bias.to(input.dtype)
-            output = masked_conv2d(input, weight, bias, gate, *options, values, input.dtype)  # type: ignore[call-arg]
-            wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
-            grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
+        bias = None if bias is None else bias.to(input.dtype)
+        read = _on_host(values).to(gate.device)
+        output = masked_conv2d(input, weight, bias, gate, *options, read, input.dtype)  # type: ignore[call-arg]
+        wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return [next(grads) if needed else None for needed in needs]
+
+
+def _on_host(values: Tensor | Sequence[float]) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class _DGConv2d(torch.autograd.Function):
     """The operator in eager mode. It skips torch's dispatcher, which needs a third of the host's time."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gate: Tensor,
-        values: Sequence[float],
-        stride: Size,
-        padding: Size,
-        dilation: Size,
-        sort: bool,
-        nested: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(input, weight, bias, gate)
-        ctx.values, ctx.bits = values, read_bits(values, sort, nested)
-        ctx.geometry, ctx.form = (stride, padding, dilation), (sort, nested)
-        with _without_autocast(input):
-            return grouped.output(input, weight, bias, ctx.bits, *ctx.geometry)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup_context(ctx, inputs, inputs[0])
+        return _output(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        nothing = [None] * 6
-        # create_graph=True, or torch.autograd.grad(is_grads_batched=True)
-        if torch.is_grad_enabled() or _compat.transforms_are_active():
-            return (*_masked_gradients(grad_output, tensors, ctx.values, (*ctx.geometry, *ctx.form), needs), *nothing)
-        input, weight, bias, gate = tensors
-        mask = (needs[0], needs[1], needs[3])
-        if is_eager():
-            grads: Any = _backward(grad_output, input, weight, gate, ctx.bits, *ctx.geometry, mask)  # type: ignore[call-arg]
-        else:
-            values = torch.tensor(ctx.values, dtype=torch.float64, device="cpu")
-            grads = torch.ops.timm_dgconv.dgconv2d_backward(
-                grad_output, input, weight, gate, values, *ctx.geometry, *ctx.form, mask
-            )
-        return (*_in_order(grads, grad_output, bias, needs), *nothing)
-
-
-def _in_order(
-    grads: Sequence[Tensor | None], grad_output: Tensor, bias: Tensor | None, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return the gradients of input, weight, bias and gates."""
-    grad_input, grad_weight, grad_gate = grads
-    grad_bias = None
-    if bias is not None and needs[2]:
-        grad_bias = grad_output.sum((0, 2, 3), dtype=bias.dtype)
-    all_grads = (grad_input, grad_weight, grad_bias, grad_gate)
-    return [grad if needed else None for grad, needed in zip(all_grads, needs, strict=True)]
+        return _backward(ctx, grad_output)
 
 
 # The operator for torch.compile. Its backward pass is an operator, too: torch.compile must not trace it, since it
@@ -221,20 +215,15 @@ def _in_order(
 
 _UNSAFE_IN_CUDA_GRAPHS: Any = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _TAGS: Any = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order, *_UNSAFE_IN_CUDA_GRAPHS)
+_TENSORS = "Tensor input, Tensor weight"
 _OPTIONS = "Tensor values, int[2] stride, int[2] padding, int[2] dilation, bool sort, bool nested"
-
-torch.library.define("timm_dgconv::read_gates", "(Tensor[] gates) -> Tensor[]", tags=_TAGS)
-torch.library.define(
-    "timm_dgconv::dgconv2d",
-    f"(Tensor input, Tensor weight, Tensor? bias, Tensor gate, {_OPTIONS}) -> Tensor",
-    tags=_TAGS,
-)
-torch.library.define(
-    "timm_dgconv::dgconv2d_backward",
-    f"(Tensor grad_output, Tensor input, Tensor weight, Tensor gate, {_OPTIONS}, bool[3] output_mask)"
+for _name, _schema in {
+    "read_gates": "(Tensor[] gates) -> Tensor[]",
+    "dgconv2d": f"({_TENSORS}, Tensor? bias, Tensor gate, {_OPTIONS}) -> Tensor",
+    "dgconv2d_backward": f"(Tensor grad_output, {_TENSORS}, Tensor gate, {_OPTIONS}, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
+}.items():
+    torch.library.define(f"timm_dgconv::{_name}", _schema, tags=_TAGS)
 
 
 @torch.library.impl("timm_dgconv::read_gates", ("cpu", "cuda"))
@@ -244,41 +233,9 @@ def read_gates(gates: Sequence[Tensor]) -> list[Tensor]:
     return [values.clone() for values in flat.split([gate.numel() for gate in gates])]
 
 
-@torch.library.impl("timm_dgconv::dgconv2d", ("cpu", "cuda"))
-def _operator(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor,
-    values: Tensor,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-    sort: bool,
-    nested: bool,
-) -> Tensor:
-    bits = read_bits(values.tolist(), sort, nested)
-    with _without_autocast(input):
-        return grouped.output(input, weight, bias, bits, stride, padding, dilation)
-
-
-@torch.library.impl("timm_dgconv::dgconv2d_backward", ("cpu", "cuda"))
-def _operator_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    gate: Tensor,
-    values: Tensor,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-    sort: bool,
-    nested: bool,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    bits = read_bits(values.tolist(), sort, nested)
-    grads = _backward(grad_output, input, weight, gate, bits, stride, padding, dilation, output_mask)
-    return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
+torch.library.impl("timm_dgconv::dgconv2d", ("cpu", "cuda"), _output)
+torch.library.impl("timm_dgconv::dgconv2d_backward", ("cpu", "cuda"), _gradients)
+torch.library.register_autograd("timm_dgconv::dgconv2d", _backward, setup_context=_setup_context)
 
 
 @torch.library.register_fake("timm_dgconv::read_gates")
@@ -287,74 +244,40 @@ def _fake_read_gates(gates: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.library.register_fake("timm_dgconv::dgconv2d")
-def _fake_operator(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor,
-    values: Tensor,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-    *_: Any,
-) -> Tensor:
-    y = torch.conv2d(input, weight.to(input.dtype), None, stride, padding, dilation)
+def _fake_output(input: Tensor, weight: Tensor, bias: Tensor | None, gate: Any, values: Any, *options: Any) -> Tensor:
+    y = torch.conv2d(input, weight.to(input.dtype), None, *options[:3])
     return torch.empty_like(y, memory_format=_memory_format(input, weight))
 
 
 @torch.library.register_fake("timm_dgconv::dgconv2d_backward")
-def _fake_operator_backward(
+def _fake_gradients(
     grad_output: Tensor, input: Tensor, weight: Tensor, gate: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, (needs_input, needs_weight, needs_gate) = options
-    return (
-        torch.empty_like(input, memory_format=_memory_format(input, weight)) if needs_input else weight.new_empty(0),
-        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
-        torch.empty_like(gate) if needs_gate else weight.new_empty(0),
+) -> tuple[Tensor, ...]:
+    needs_input, needs_weight, needs_gate = options[-1]
+    grads = (
+        torch.empty_like(input, memory_format=_memory_format(input, weight)) if needs_input else None,
+        torch.empty_like(weight) if needs_weight or needs_gate else None,
+        torch.empty_like(gate) if needs_gate else None,
     )
+    return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(input, weight) else torch.contiguous_format
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, gate, values, *ctx.options = inputs
-    ctx.save_for_backward(input, weight, bias, gate, values)
-
-
-def _operator_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    *tensors, values = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:4]
-    nothing = [None] * 6
-    if torch.is_grad_enabled():  # create_graph=True
-        return (*_masked_gradients(grad_output, tensors, values, ctx.options, needs), *nothing)
-    input, weight, bias, gate = tensors
-    mask = [needs[0], needs[1], needs[3]]
-    grads = torch.ops.timm_dgconv.dgconv2d_backward(grad_output, input, weight, gate, values, *ctx.options, mask)
-    return (*_in_order(grads, grad_output, bias, needs), *nothing)
-
-
-torch.library.register_autograd("timm_dgconv::dgconv2d", _operator_gradients, setup_context=_setup_context)
-
-
 @register_flop_formula(torch.ops.timm_dgconv.dgconv2d, get_raw=True)
-def _flops(
-    input: Tensor, weight: Tensor, bias: Any, gate: Any, values: Tensor, *args: Any, out_val: Tensor, **_: Any
-) -> int:
+def _flops(input: Tensor, weight: Tensor, bias: Any, gate: Any, values: Tensor, *options: Any, **kwargs: Any) -> int:
     """Count the group convolution that the layer computes, two operations per multiply-add."""
-    sort, nested = args[-2:]
-    return 2 * out_val.numel() * weight[0].numel() // read_bits(values.tolist(), sort, nested).groups
+    return 2 * kwargs["out_val"].numel() * weight[0].numel() // _bits(values, *options[-2:]).groups
 
 
 @register_flop_formula(torch.ops.timm_dgconv.dgconv2d_backward, get_raw=True)
-def _backward_flops(
-    grad_output: Tensor, input: Tensor, weight: Tensor, gate: Any, values: Tensor, *args: Any, **_: Any
-) -> int:
-    """Count a group convolution for the input, and one for the weight with the groups that it computes."""
-    sort, nested, (needs_input, needs_weight, needs_gate) = args[-3:]
-    bits = read_bits(values.tolist(), sort, nested)
-    convolutions = [bits.groups] * needs_input
+def _backward_flops(grad_output: Tensor, input: Tensor, weight: Tensor, gate: Any, *options: Any, **_: Any) -> int:
+    """Count a group convolution for the input, and those for the weight and the gates with the groups that they have."""
+    values, *_, sort, nested, (needs_input, needs_weight, needs_gate) = options
+    bits = _bits(values, sort, nested)
+    groups = [bits.groups] * needs_input
     if needs_weight or needs_gate:
-        convolutions += grouped.weight_gradient_groups(weight, grad_output.dtype, bits, needs_gate)
-    return sum(2 * grad_output.numel() * weight[0].numel() // groups for groups in convolutions)
+        groups += grouped.weight_gradient_groups(weight, grad_output.dtype, bits, needs_gate)
+    return sum(2 * grad_output.numel() * weight[0].numel() // number for number in groups)
