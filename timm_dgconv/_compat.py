@@ -32,6 +32,12 @@ def dispatch_modes_are_active() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether torch.vmap or torch.autograd.grad(is_grads_batched=True) hides a dimension of a tensor."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def unwrap_functorch(tensor: Tensor) -> Tensor:
     """Return the tensor inside the wrappers of torch.func transforms, which hide whether its values can be read."""
     functorch = torch._C._functorch

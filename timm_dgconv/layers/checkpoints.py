@@ -30,8 +30,14 @@ GATE_NAMES = {True: "sorted_gate", False: "unsorted_gate"}
 """Whether the groups are contiguous -> name of the parameter."""
 
 
-def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
+def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
     """Rewrite the entries of a DGConv2d to its own format, in place, and let it read its gates as they say.
+
+    Args:
+        layer: The layer.
+        state_dict: The state dict.
+        prefix: What the names of its entries begin with.
+        strict: Whether the state dict must have all entries.
 
     Raises:
         ValueError: If the entries do not fit the layer.
@@ -56,9 +62,9 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
         layer.set_sort(sort)
     weight = state_dict.get(f"{prefix}weight")
     if not found and isinstance(weight, Tensor):
-        # The dense weight of a DGConv2d has the shape of a convolution with one group. Frozen gates are not part of a
-        # state dict of the parameters that learn, so nothing opens them but gates.
-        if weight.shape == layer.weight.shape and not layer.gate.requires_grad:
+        # The weight of a DGConv2d has the shape of a convolution with one group. So it is one only in a complete state
+        # dict. Frozen gates are not part of a state dict of the parameters that learn.
+        if weight.shape == layer.weight.shape and not (strict and layer.gate.requires_grad):
             return
         state_dict[f"{prefix}weight"], gate = from_conv(layer, weight)
         state_dict[f"{prefix}{GATE_NAMES[layer.sort]}"] = gate

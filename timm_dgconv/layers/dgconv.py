@@ -227,7 +227,11 @@ class DGConv2d(nn.Conv2d):
     @torch.no_grad()
     def to_group_conv_(self, groups: int | None = None) -> nn.Conv2d:
         """Turn this layer into a torch.nn.Conv2d, in place; see `to_group_conv`."""
-        if type(self) is not DGConv2d or "forward" in vars(self) or "weight" not in dict(self.named_parameters()):
+        if (
+            type(self) is not DGConv2d
+            or {"forward", "_conv_forward"} & vars(self).keys()
+            or "weight" not in dict(self.named_parameters())
+        ):
             raise ValueError(
                 f"a {type(self).__name__} whose forward pass or weight is not that of DGConv2d cannot become a "
                 "torch.nn.Conv2d; remove what changes it (torch.nn.utils.prune.remove, remove_weight_norm), or leave "
@@ -261,7 +265,7 @@ class DGConv2d(nn.Conv2d):
     ) -> None:
         """Load a format that `timm_dgconv.layers.checkpoints` lists, and report what does not fit as torch does."""
         try:
-            remap_state_dict(self, state_dict, prefix)
+            remap_state_dict(self, state_dict, prefix, strict=args[0])
         except ValueError as error:
             *_, error_msgs = args
             error_msgs.append(f"{prefix[:-1]}: {error}" if prefix else str(error))

@@ -10,9 +10,10 @@ method of the owner other than its call. The version of a parameter does not tel
 optimizers, `.data` edits, collectives and replayed CUDA graphs leave it as it is.
 """
 
+import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,14 +28,26 @@ READ_DIRECTLY = {"cpu"}
 
 
 class _Pass(threading.local):
-    """The forward call that is running in this thread, and what it has read."""
+    """The forward call of an owner in this thread, and what it has read. It is valid while the call is on the stack.
+
+    torch calls no hook after a KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
-        self.owner: nn.Module | None = None
+        self.end()
+
+    def end(self) -> None:
+        self.call: FrameType | None = None
         self.readings: dict[nn.Module, Sequence[float]] = {}
 
+    def is_running(self) -> bool:
+        frame = sys._getframe() if self.call is not None else None
+        while frame not in (None, self.call):
+            frame = frame.f_back
+        return frame is not None
 
-_running = _Pass()
+
+_pass = _Pass()
 
 
 class OneReading(nn.Module):
@@ -42,8 +55,11 @@ class OneReading(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        with _one_reading(self):
+        _begin(self, depth=1)
+        try:
             return super().__call__(*args, **kwargs)
+        finally:
+            _end(self, depth=1)
 
 
 def read_once_per_call(owner: nn.Module) -> None:
@@ -60,23 +76,18 @@ def _before_forward(self: Any, input: tuple[Tensor]) -> None:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         pass
     else:
-        _begin(self)
+        _begin(self, depth=2)
 
 
 def _after_forward(self: Any, input: tuple[Tensor], output: Tensor) -> None:
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         pass
     else:
-        _end(self)
+        _end(self, depth=2)
 
 
-@contextmanager
-def _one_reading(owner: nn.Module) -> Iterator[None]:
-    _begin(owner)
-    try:
-        yield
-    finally:
-        _end(owner)
+def _read_in_graph(gates: list[Tensor]) -> list[Tensor]:
+    return torch.ops.timm_dgconv.read_gates([gate.detach() for gate in gates])
 
 
 def _layers(owner: nn.Module) -> list[Any]:
@@ -84,22 +95,24 @@ def _layers(owner: nn.Module) -> list[Any]:
     return [module for module in owner.modules() if hasattr(module, "gate_reading")]
 
 
-def _begin(owner: nn.Module) -> None:
-    """Read the gates, unless this call is inside of the call of another owner."""
+def _begin(owner: nn.Module, depth: int) -> None:
+    """Read the gates, unless this call is inside of the call of another owner.
+
+    Args:
+        owner: The owner.
+        depth: How many frames above this function its call is.
+    """
     if torch.compiler.is_compiling():
         layers = _layers(owner)
         gates = [layer.gate for layer in layers]
         is_outermost = all(layer.gate_reading is None for layer in layers)
         if layers and is_outermost and all(autograd.is_grouped(gate, gate, gate) for gate in gates):
-            read_gates: Any = torch.ops.timm_dgconv.read_gates
-            for layer, values in zip(layers, read_gates(gates), strict=True):
+            for layer, values in zip(layers, _read_in_graph(gates), strict=True):
                 layer.gate_reading = owner, values
         return
     first = next(owner.parameters(), None)
-    outer = _running.owner
-    is_inside = outer not in (None, owner) and any(module is owner for module in outer.modules())
     is_direct = first is not None and first.device.type in READ_DIRECTLY  # replicas of DataParallel have no parameters
-    if is_direct or is_inside:
+    if is_direct or _pass.is_running():
         return  # each layer reads its own gates, or has the reading of the outer owner
     readings: dict[nn.Module, Sequence[float]] = {}
     waiting = [
@@ -109,19 +122,19 @@ def _begin(owner: nn.Module) -> None:
     ]
     for device in {layer.gate.device for layer in waiting}:
         here = [layer for layer in waiting if layer.gate.device == device]
-        values = autograd.read_gates([layer.gate for layer in here])
-        readings |= {layer: found.tolist() for layer, found in zip(here, values, strict=True)}
-    _running.owner, _running.readings = owner, readings
+        found = autograd.read_gates([layer.gate for layer in here])
+        readings |= {layer: values.tolist() for layer, values in zip(here, found, strict=True)}
+    _pass.call, _pass.readings = sys._getframe(depth), readings
 
 
-def _end(owner: nn.Module) -> None:
+def _end(owner: nn.Module, depth: int) -> None:
     """Forget what `_begin` has read for this owner."""
     if torch.compiler.is_compiling():
         for layer in _layers(owner):
             if layer.gate_reading is not None and layer.gate_reading[0] is owner:
                 layer.gate_reading = None
-    elif _running.owner is owner:
-        _running.owner, _running.readings = None, {}
+    elif _pass.call is not None and _pass.call is sys._getframe(depth):
+        _pass.end()
 
 
 def read(layer: Any) -> Sequence[float] | Tensor:
@@ -133,9 +146,9 @@ def read(layer: Any) -> Sequence[float] | Tensor:
     if torch.compiler.is_compiling():
         if layer.gate_reading is not None:
             return layer.gate_reading[1]
-        return torch.ops.timm_dgconv.read_gates([layer.gate])[0]
-    values = _running.readings.get(layer)
-    return read_alone(layer) if values is None else values
+        return _read_in_graph([layer.gate])[0]
+    values = _pass.readings.get(layer)
+    return values if values is not None and _pass.is_running() else read_alone(layer)
 
 
 def read_alone(layer: Any) -> list[float]:

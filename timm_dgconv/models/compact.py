@@ -78,10 +78,13 @@ def to_group_convs(model: nn.Module) -> None:
             _sort_channels(module, {key for key, count in owners.items() if count > 1})
     weights: dict[tuple[int, int], Any] = {}
     kept = []  # an id is valid as long as its tensor lives
-    for layer in [module for module in model.modules() if isinstance(module, DGConv2d)]:
+    for name, layer in [entry for entry in model.named_modules() if isinstance(entry[1], DGConv2d)]:
         kept.append((layer.weight, layer.gate))
         key = id(layer.weight), id(layer.gate)
-        conv = layer.to_group_conv_()
+        try:
+            conv = layer.to_group_conv_()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if name else str(error)) from error
         conv.weight = weights.setdefault(key, conv.weight)
 
 

@@ -18,7 +18,7 @@ _MERGES = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that `timm.utils.reparameterize_model` calls. They read the weights of convolutions, and know no gates."""
 
 
-def groupable(model: nn.Module, where: Where | None = None) -> nn.Module:
+def groupable(model: nn.Module, where: Where | None = None, sort: bool = True, nested: bool = True) -> nn.Module:
     """Turn the convolutions of a network into DGConv2d layers that compute the same, in place.
 
     A dense convolution starts with one group, and a group convolution with its groups. The gates are
@@ -33,6 +33,8 @@ def groupable(model: nn.Module, where: Where | None = None) -> nn.Module:
             depthwise convolutions, since the dense weight of a DGConv2d costs more than it can gain there, and
             convolutions whose parent merges weights. If you choose these, call `timm_dgconv.compact` before the parent
             merges. See `skipped_convs`.
+        sort: See `timm_dgconv.DGConv2d`.
+        nested: See `timm_dgconv.DGConv2d`.
 
     Returns:
         The model.
@@ -65,7 +67,7 @@ def groupable(model: nn.Module, where: Where | None = None) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has no convolution to convert: {reasons or 'it has none'}")
     parameters: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for conv in chosen.values():
-        _convert(conv, parameters)
+        _convert(conv, parameters, sort, nested)
     if not isinstance(model, OneReading):
         read_once_per_call(model)
     return model
@@ -121,7 +123,7 @@ def _obstacle(conv: nn.Conv2d) -> str:
     """Return why a convolution alone cannot be a DGConv2d, or an empty string."""
     if type(conv) is not nn.Conv2d:
         return f"the forward pass of a {type(conv).__name__} may differ from the forward pass of a torch.nn.Conv2d"
-    if "forward" in vars(conv):
+    if {"forward", "_conv_forward"} & vars(conv).keys():
         return "it has a forward pass of its own"
     if "weight" not in dict(conv.named_parameters(recurse=False)):
         return "another module or a hook computes its weight"
@@ -161,7 +163,9 @@ def _merged(model: nn.Module) -> dict[str, str]:
     return merged
 
 
-def _convert(conv: nn.Conv2d, parameters: dict[int, tuple[nn.Parameter, nn.Parameter]]) -> None:
+def _convert(
+    conv: nn.Conv2d, parameters: dict[int, tuple[nn.Parameter, nn.Parameter]], sort: bool, nested: bool
+) -> None:
     """Turn a convolution into a DGConv2d, in place.
 
     The object changes its class, as in torch.nn.utils.parametrize. So hooks and references to it stay valid.
@@ -170,6 +174,8 @@ def _convert(conv: nn.Conv2d, parameters: dict[int, tuple[nn.Parameter, nn.Param
         conv: The convolution.
         parameters: Id of a weight -> weight and gates of the layer that it has become; updated in place. Convolutions
             that share a weight share both.
+        sort: See `groupable`.
+        nested: See `groupable`.
     """
     weight = conv.weight
     if id(weight) not in parameters:
@@ -191,4 +197,4 @@ def _convert(conv: nn.Conv2d, parameters: dict[int, tuple[nn.Parameter, nn.Param
     conv.weight, gate = parameters[id(weight)]
     conv.groups = 1
     conv.__class__ = DGConv2d
-    conv.add_gates(gate, sort=True, nested=True)  # type: ignore[operator]
+    conv.add_gates(gate, sort, nested)  # type: ignore[operator]

@@ -82,11 +82,9 @@ class GroupNet(OneReading):
         if init_groups is not None and groups is not None:
             raise ValueError(f"init_groups={init_groups} needs gates, and groups=... has none; leave one out")
         super().__init__(*args, **kwargs)
-        groupable(self, where=self.learns_groups)
+        groupable(self, self.learns_groups, sort, nested)
         convs = {name: module for name, module in self.named_modules() if isinstance(module, DGConv2d)}
         for conv in convs.values():
-            conv.set_sort(sort)
-            conv.nested = nested
             conv.reset_gate()
         for conv, number in _per_layer(convs, "groups", groups):
             conv.to_group_conv_(number)

@@ -152,9 +152,9 @@ def bits(gate: Tensor, values: Tensor, sort: bool, nested: bool) -> tuple[Tensor
     num_closed = closed.sum()
     distance = values.abs()
     far = torch.full_like(distance, float("inf"))
-    last_closed = torch.where(closed, distance, far).argmin()
-    first_open = torch.where(closed, far, distance).argmin()
-    slopes = (position == num_closed - 1) * slopes[last_closed] + (position == num_closed) * slopes[first_open]
+    of_closed = slopes.index_select(0, torch.where(closed, distance, far).argmin().reshape(1))
+    of_open = slopes.index_select(0, torch.where(closed, far, distance).argmin().reshape(1))
+    slopes = (position == num_closed - 1) * of_closed + (position == num_closed) * of_open
     return position < num_closed, slopes
 
 

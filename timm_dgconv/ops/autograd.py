@@ -163,7 +163,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:4]
     nothing = [None] * (1 + len(ctx.options))
     # create_graph=True, or torch.autograd.grad(is_grads_batched=True)
-    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and _compat.transforms_are_active()):
+    if torch.is_grad_enabled() or _compat.is_batched(grad_output):
         return (*_masked_gradients(grad_output, (input, weight, bias, gate), values, ctx.options, needs), *nothing)
     needs_input, needs_weight, needs_bias, needs_gate = needs
     args = (*ctx.options, [needs_input, needs_weight, needs_gate])
@@ -226,13 +226,13 @@ for _name, _schema in {
     torch.library.define(f"timm_dgconv::{_name}", _schema, tags=_TAGS)
 
 
-@torch.library.impl("timm_dgconv::read_gates", ("cpu", "cuda"))
 def read_gates(gates: Sequence[Tensor]) -> list[Tensor]:
     """Return the values of gates as float64 tensors on the CPU, in one transfer. All gates are on one device."""
     flat = torch.cat([gate.detach().double() for gate in gates]).to("cpu", copy=True)
     return [values.clone() for values in flat.split([gate.numel() for gate in gates])]
 
 
+torch.library.impl("timm_dgconv::read_gates", ("cpu", "cuda"), read_gates)
 torch.library.impl("timm_dgconv::dgconv2d", ("cpu", "cuda"), _output)
 torch.library.impl("timm_dgconv::dgconv2d_backward", ("cpu", "cuda"), _gradients)
 torch.library.register_autograd("timm_dgconv::dgconv2d", _backward, setup_context=_setup_context)
@@ -273,10 +273,10 @@ def _flops(input: Tensor, weight: Tensor, bias: Any, gate: Any, values: Tensor, 
 
 
 @register_flop_formula(torch.ops.timm_dgconv.dgconv2d_backward, get_raw=True)
-def _backward_flops(grad_output: Tensor, input: Tensor, weight: Tensor, gate: Any, *options: Any, **_: Any) -> int:
-    """Count a group convolution for the input, and those for the weight and the gates with the groups that they have."""
-    values, *_, sort, nested, (needs_input, needs_weight, needs_gate) = options
-    bits = _bits(values, sort, nested)
+def _backward_flops(grad_output: Tensor, input: Tensor, weight: Tensor, gate: Any, *args: Any, **_: Any) -> int:
+    """Count a group convolution for the input, and those for the weight and the gates with their groups."""
+    sort, nested, (needs_input, needs_weight, needs_gate) = args[-3:]
+    bits = _bits(args[0], sort, nested)
     groups = [bits.groups] * needs_input
     if needs_weight or needs_gate:
         groups += grouped.weight_gradient_groups(weight, grad_output.dtype, bits, needs_gate)
