@@ -33,20 +33,21 @@ import torch
 from huggingface_hub.utils import tqdm
 from runtimes import RUNTIMES
 from timm.utils import reparameterize_model
-from timm_dgconv.layers.spans import Spans, lowest
-from timm_dgconv.models.sources import SOURCES
 from torch import Tensor, nn
 
 from timm_dgconv import DGConv2d, compact, freeze_groups, plots
-from timm_dgconv.layers import dgconv_op
-from timm_dgconv.layers.dgconv import PRETRAINED_GATE
+from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
+from timm_dgconv.models.base_models import BASE_MODELS
+from timm_dgconv.ops import grouped
 
 Row = dict[str, Any]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BASELINES = {**SOURCES, "test_g_resnet": "test_resnet", "test_g_resnext": "test_resnet"}
+BASELINES = {**BASE_MODELS, "test_g_resnet": "test_resnet", "test_g_resnext": "test_resnet"}
 FORMS = {
-    "learnable": "gates that learn",
+    "learnable": "nested gates that learn",
+    "sorted": "the paper's gates with sort=True",
+    "unsorted": "the paper's gates",
     "frozen": "gates without gradients",
     "masked dense": "a dense convolution with a masked weight, as in the original release",
     "compact": "timm_dgconv.compact",
@@ -76,7 +77,8 @@ def set_groups(module: nn.Module, groups: int, permuted: bool = False) -> None:
 
 def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Module:
     """Build a timm model. A model of this package gets this number of groups in each layer and one of the `FORMS`."""
-    model = timm.create_model(name)
+    paper: dict[str, Any] = {"sorted": dict(nested=False), "unsorted": dict(sort=False)}
+    model = timm.create_model(name, **paper.get(form, {}))
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.ones_(norm.weight)  # timm starts the last norm of a block at 0, which hides the block
     set_groups(model, groups, permuted)
@@ -126,11 +128,11 @@ def summary(times: Sequence[float], baseline: Sequence[float]) -> Row:
 
 
 def layers(args: argparse.Namespace) -> list[Row]:
-    """Measure forward and backward of a 3x3 layer for each width, memory format, number of groups and span.
+    """Measure forward and backward of a 3x3 layer for each width, memory format, number of groups and merged width.
 
     The input has the height and width of the features of this width in a ResNeXt for images of 160 pixels, at most 40.
-    In the rows, the way "policy" has the spans that the layer chooses, the way "2" has two closed bits in the span of
-    the weight gradient, and the way "masked dense" has all bits in all spans.
+    In the rows, the way "policy" has the groups that the layer chooses for the weight gradient, the way "16" has groups
+    of at least 16 channels there.
     """
     rows = []
     like: Any = dict(device=args.device, dtype=DTYPES[args.dtype])
@@ -139,7 +141,6 @@ def layers(args: argparse.Namespace) -> list[Row]:
         x = torch.randn(args.batch_size, width, side, side, **like).to(memory_format=FORMATS[name]).requires_grad_()
         grad = torch.randn_like(x)
         conv = DGConv2d(width, width, 3, padding=1, bias=False, **like)
-        all_bits = (1 << conv.gate.numel()) - 1
         for num_closed in range(conv.gate.numel() + 1):
             groups = 1 << num_closed
             set_groups(conv, groups)
@@ -148,9 +149,8 @@ def layers(args: argparse.Namespace) -> list[Row]:
                 "fixed": partial(_layer_step, fixed, x, grad),
                 "policy": partial(_layer_step, conv, x, grad),
             }
-            for n in range(num_closed + 1):
-                calls[str(n)] = partial(_layer_step, conv, x, grad, Spans(weight_grad=lowest(conv.closed, n)))
-            calls["masked dense"] = partial(_layer_step, conv, x, grad, Spans(all_bits, all_bits, all_bits))
+            for n in range(max(num_closed, 1)):
+                calls[str(2 * width >> n)] = partial(_layer_step, conv, x, grad, 2 * width >> n)
             times = interleave(calls, args.rounds, args.device, f"{width} channels, {groups} groups, {name}")
             for way, seconds in times.items():
                 row = dict(width=width, side=side, groups=groups, format=name, way=way)
@@ -158,13 +158,12 @@ def layers(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _layer_step(layer: nn.Conv2d, x: Tensor, grad: Tensor, spans: Spans | None = None) -> None:
-    if isinstance(layer, DGConv2d) and spans is not None:
-        geometry: Any = (layer.stride, layer.padding, layer.dilation)
-        y = dgconv_op.dgconv2d(x, layer.weight, layer.bias, layer.gate, *geometry, layer.sort, spans)
-    else:
-        y = layer(x)
-    torch.autograd.backward(y, grad, inputs=[x, *layer.parameters()])
+def _layer_step(layer: nn.Conv2d, x: Tensor, grad: Tensor, width: int | None = None) -> None:
+    chosen = dict(grouped.MIN_CHANNELS)
+    if width is not None:
+        grouped.MIN_CHANNELS.update(dict.fromkeys(chosen, width))
+    torch.autograd.backward(layer(x), grad, inputs=[x, *layer.parameters()])
+    grouped.MIN_CHANNELS.update(chosen)
     layer.zero_grad()
     x.grad = None
 
@@ -305,7 +304,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 
     formats, ways = (list(dict.fromkeys(row[key] for row in rows)) for key in ("format", "way"))
     widths = sorted({row["width"] for row in rows})
-    styles = {"fixed": "k--", "masked dense": "k:", "policy": "ko"}
+    styles = {"fixed": "k--", "policy": "ko"}
     figure = Figure(figsize=(3.2 * len(widths), 2.9 * len(formats) + 0.8), layout="constrained")
     panels = figure.subplots(len(formats), len(widths), squeeze=False)
     for axis, (name, width) in zip(panels.flat, itertools.product(formats, widths), strict=True):
@@ -315,8 +314,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             if way in styles:
                 axis.plot(x, y, styles[way], label=way, markersize=5)
             else:
-                style: Any = dict(marker="x^sv+d1234"[int(way) % 10], color=str(0.15 + 0.7 * int(way) / len(ways)))
-                axis.plot(x, y, **style, label=f"{way} closed bits spanned", markersize=4, linewidth=0.9)
+                style: Any = dict(marker="x^sv+d1234"[int(way).bit_length() % 10], color="0.5")
+                axis.plot(x, y, **style, label=f"at least {way} channels", markersize=4, linewidth=0.9)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(yscale="log", title=f"{width} channels, {name}", xlabel="groups", ylabel="forward + backward, ms")

@@ -44,8 +44,8 @@ from timm.utils import AverageMeter, ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dgconv import compact, constrained_loss, demo, group_report, layer_groups
-from timm_dgconv.layers.dgconv import PRETRAINED_GATE, DGConv2d
+from timm_dgconv import DGConv2d, compact, constrained_loss, demo, group_report, layer_groups
+from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
 
 DATA: dict[str, Any] = dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
 NETS: dict[str, dict[str, Any]] = {

@@ -274,7 +274,7 @@ def weight_and_gate_gradients(
     return grad_weight if w is weight else torch.empty_like(weight).copy_(grad_weight), grad_gate
 
 
-_MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 64, ("cuda", True): 2048}
+MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 64, ("cuda", True): 2048}
 """Device type and whether the dtype has 16 bits -> channels per group from which a weight gradient is fast.
 
 Source: benchmarks/results/speed.md and benchmarks/results/gpu.md.
@@ -284,7 +284,7 @@ Source: benchmarks/results/speed.md and benchmarks/results/gpu.md.
 def _outer_bits(weight: Tensor, dtype: torch.dtype, closed: Sequence[bool], needs_gate: bool) -> list[int]:
     """Return the closed bits that identify a group in the convolution for the weight gradient."""
     positions = [k for k, is_closed in enumerate(closed) if is_closed]
-    width = _MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
+    width = MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
     widest = max((weight.shape[1] // width).bit_length() - 1, 0)
     return positions[: max(min(len(positions) - needs_gate, widest), 0)]
 
