@@ -118,10 +118,10 @@ def runs(model: str, seeds: Sequence[int], quick: bool) -> list[Run]:
     return [Run(model, *name, seed) for name in names for seed in seeds]
 
 
-def form_runs(model: str, seeds: Sequence[int], targets: Sequence[float]) -> list[Run]:
+def form_runs(model: str, seeds: Sequence[int], targets: Sequence[float], optimizers: Sequence[str]) -> list[Run]:
     """Return the runs that compare the forms of gates, the most important ones first."""
-    result = [Run(model, "scratch", "dense", 1.0, seed, optimizer) for optimizer in OPTIMIZERS for seed in seeds]
-    for optimizer, target, start in itertools.product(OPTIMIZERS, targets, ("dense", "scratch")):
+    result = [Run(model, "scratch", "dense", 1.0, seed, optimizer) for optimizer in optimizers for seed in seeds]
+    for optimizer, target, start in itertools.product(optimizers, targets, ("dense", "scratch")):
         result += [Run(model, start, name, target, seed, optimizer) for seed in seeds for name in FORMS]
     return result
 
@@ -413,6 +413,9 @@ def main() -> None:
     parser.add_argument(
         "--targets", type=Fraction, nargs="+", default=[Fraction(1, 8)], help="with --forms, such as 1/8 1/32"
     )
+    parser.add_argument(
+        "--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS), help="with --forms"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--workers", type=int, default=2, help="processes with one thread each")
@@ -425,7 +428,7 @@ def main() -> None:
     done = {tuple(row[key] for key in Run._fields) for row in rows}
     wanted = [] if args.report else runs(args.model, args.seeds, args.quick)
     if args.forms and not args.report:
-        wanted = form_runs(args.model, args.seeds, list(map(float, args.targets)))
+        wanted = form_runs(args.model, args.seeds, list(map(float, args.targets)), args.optimizers)
     todo = [run for run in wanted if run not in done and run.variant in (args.variants or VARIANTS)]
     needed = [run for run in todo if (run.start, run.variant) == ("scratch", "dense")]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, tqdm(total=len(todo)) as bar:

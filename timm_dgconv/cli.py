@@ -16,14 +16,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     output = args.output or Path(f"{args.model}_demo")
     summary = demo.run(
-        output,
-        model_name=args.model,
-        epochs=args.epochs,
-        image_size=args.img_size,
-        device=args.device,
-        seed=args.seed,
-        overwrite=args.overwrite,
-        complexity_target=args.complexity_target,
+        output, args.model, args.epochs, args.img_size, args.device, args.seed, args.overwrite, args.complexity_target
     )
     weights = str(output / "model.safetensors")
     print(f"\nload it with timm.create_model({args.model!r}, num_classes=10, checkpoint_path={weights!r})")
@@ -66,7 +59,7 @@ def _inspect(args: argparse.Namespace) -> None:
     elif args.layers:
         raise ValueError("--layers selects the layers of a plot; add --plot FILE")
     history = inspect(args.sources, args.model, args.ema, args.img_size, args.layers, args.model_kwargs)
-    print(json.dumps(history.as_dicts(), indent=1) if args.json else history.table())
+    print(json.dumps(history.as_dicts(), indent=1) if args.json else history)
     if args.plot:
         plots.draw(history, args.plot, args.layers)
 

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -23,8 +20,8 @@ from timm.utils import AverageMeter, accuracy, random_seed
 from torch import Tensor, nn
 
 from timm_dgconv import __version__
-from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.base_models import ARCHITECTURES
+from timm_dgconv.models.group_net import layer_groups
 from timm_dgconv.report import group_report
 
 
@@ -61,21 +58,13 @@ def load_digits(config: dict[str, Any], seed: int, device: torch.device, batch_s
     except ImportError as error:
         raise RuntimeError("the demo needs scikit-learn for its images: pip install 'timm-dgconv[demo]'") from error
     digits = load_digits()
-    split = train_test_split(digits.images, digits.target, test_size=450, stratify=digits.target, random_state=seed)
-    common = dict(
-        input_size=config["input_size"],
-        batch_size=batch_size,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        num_workers=0,
-        persistent_workers=False,
-        use_prefetcher=False,
-        device=device,
-    )
+    indices = train_test_split(range(len(digits.target)), test_size=450, stratify=digits.target, random_state=seed)
+    training, held_out = (_Digits(digits.images[part], digits.target[part]) for part in indices)
+    common = {key: config[key] for key in ("input_size", "interpolation", "mean", "std")}
+    common |= dict(batch_size=batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False, device=device)
     return (
-        create_loader(_Digits(split[0], split[2]), is_training=True, no_aug=True, **common),
-        create_loader(_Digits(split[1], split[3]), is_training=False, crop_pct=config["crop_pct"], **common),
+        create_loader(training, is_training=True, no_aug=True, **common),
+        create_loader(held_out, is_training=False, crop_pct=config["crop_pct"], **common),
     )
 
 
@@ -127,12 +116,6 @@ def train(
         yield {"epoch": epoch + 1, "loss": meter.avg, "top1": evaluate(model, test_loader, device)[0]}
 
 
-def _groups(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the number of groups and of channels of every DGConv2d by name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DGConv2d)}
-    return {name: (layer.num_groups, layer.in_channels) for name, layer in layers.items()}
-
-
 def run(
     output: Path,
     model_name: str = "g_resnext50",
@@ -180,7 +163,8 @@ def run(
         pretrained_cfg_overlay={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
         complexity_target=complexity_target,
     ).to(torch_device, memory_format=torch.channels_last)
-    groups_before = _groups(model)
+    report = group_report(model)
+    before = {layer.name: layer.groups for layer in report.layers}
     train_loader, test_loader = load_digits(resolve_model_data_config(model), seed, torch_device)
 
     print(
@@ -196,34 +180,29 @@ def run(
             f"epoch {entry['epoch']:2d}  loss {entry['loss']:.3f}  held-out accuracy {entry['top1']:.2f} %  "
             f"connections {100 * report.density:.2f} % of dense"
         )
-    top1 = history[-1]["top1"]
-
-    groups = _groups(model)
     print(f"\n{'layer':<16}{'channels':>9}{'groups at start':>17}{'learned':>9}")
-    for name, (num_groups, channels) in groups.items():
-        print(f"{name:<16}{channels:>9}{groups_before[name][0]:>17}{num_groups:>9}")
+    for layer in report.layers:
+        print(f"{layer.name:<16}{layer.in_channels:>9}{before[layer.name]:>17}{layer.groups:>9}")
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
-        expected = evaluate(model, test_loader, torch_device)[1]
-        save_for_hf(
-            model.to(memory_format=torch.contiguous_format),  # safetensors stores contiguous tensors only
-            partial,
-            safe_serialization=True,
-        )
-        reloaded = timm.create_model(
-            model_name, num_classes=10, checkpoint_path=str(Path(partial, "model.safetensors"))
-        ).to(torch_device, memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
+        folder = Path(work)
+        _, expected = evaluate(model, test_loader, torch_device)
+        # safetensors stores contiguous tensors only.
+        save_for_hf(model.to(memory_format=torch.contiguous_format), work, safe_serialization=True)
+        reloaded = timm.create_model(model_name, num_classes=10, checkpoint_path=str(folder / "model.safetensors"))
+        reloaded.to(torch_device, memory_format=torch.channels_last)
         top1_reloaded, found = evaluate(reloaded, test_loader, torch_device)
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         # TF32, the default of cuDNN, has 10 bits.
-        if not difference <= (1e-4 if torch_device.type == "cpu" else 1e-2) or _groups(reloaded) != groups:
+        is_close = difference <= (1e-4 if torch_device.type == "cpu" else 1e-2)
+        if not is_close or layer_groups(reloaded) != layer_groups(model):
             raise RuntimeError(f"the outputs of the reloaded model differ by {difference:.1e} of the largest output")
         summary = {
             "model": model_name,
-            "top1": top1,
+            "top1": history[-1]["top1"],
             "top1_reloaded": top1_reloaded,
-            "groups": {name: num_groups for name, (num_groups, _) in groups.items()},
+            "groups": {layer.name: layer.groups for layer in report.layers},
             "history": history,
             "seconds": round(time.monotonic() - start, 1),
             "epochs": epochs,
@@ -231,18 +210,12 @@ def run(
             "device": str(torch_device),
             "seed": seed,
             "complexity_target": complexity_target,
-            "versions": {
-                "timm-dgconv": __version__,
-                "timm": timm.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "command": " ".join(sys.argv),
+            "versions": {"timm-dgconv": __version__, "timm": timm.__version__, "torch": torch.__version__},
         }
-        Path(partial, _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         output.mkdir(exist_ok=True)
-        for file in Path(partial).iterdir():
-            os.replace(file, output / file.name)
+        for file in folder.iterdir():
+            file.replace(output / file.name)
     return summary
 
 
@@ -256,8 +229,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{output} exists; use another --output, or --overwrite to replace the output of a demo")
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if not output.is_dir() or (names and (_SUMMARY not in names or not names <= _FILES)):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {"a file"}
+    if names and not {_SUMMARY} <= names <= _FILES:
         raise ValueError(
             f"{output} is not the output of a demo, so --overwrite does not replace it; use another --output"
         )

@@ -1,8 +1,8 @@
 """Figures of the learned groups, in greys, for screen and paper (.png, .svg, .pdf)."""
 
 import importlib.util
+import io
 import math
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,10 @@ from torch.nn import functional as F
 from timm_dgconv.report import GroupHistory, GroupReport, LayerReport
 
 _SUFFIXES = (".pdf", ".png", ".svg")
-_CELLS = 128
-"""Largest number of rows of a drawn connectivity matrix. Larger matrices are averaged to cells."""
-_WIDTH = 7.2
-"""Width of a figure in inches: two columns of a paper."""
-_CHARACTER = 0.065
-"""Width of a letter of a tick label in inches."""
+_CELLS = 128  # largest number of rows of a drawn connectivity matrix; larger matrices are averaged to cells
+_WIDTH = 7.2  # of a figure in inches: two columns of a paper
+_CHARACTER = 0.065  # width of a letter of a tick label in inches
+_LINE: dict[str, Any] = dict(color="black", linewidth=0.8)
 _STYLE: dict[str, Any] = {
     "font.size": 7.5,
     "axes.titlesize": 7.5,
@@ -70,19 +68,20 @@ def draw(what: GroupReport | GroupHistory, path: Path, layers: Sequence[str] = (
 
     with matplotlib.rc_context(_STYLE):
         figure = _history(what, layers) if isinstance(what, GroupHistory) else _model(what, layers)
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            figure.savefig(beside, format=path.suffix.lower()[1:], dpi=300)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        file = io.BytesIO()  # a figure that fails leaves the file as it is
+        figure.savefig(file, format=path.suffix.lower()[1:], dpi=300)
+    path.write_bytes(file.getvalue())
 
 
 def _model(report: GroupReport, names: Sequence[str]) -> Any:
     """Draw the groups over depth, and the connectivity matrices below."""
     from matplotlib.figure import Figure  # pyplot would use the backend of the user
 
-    shown = report.select(names) or _first_of_stages(report)
+    shown = report.select(names)
+    if not shown:
+        stages = {layer.stage or layer.name: layer for layer in reversed(report.layers)}
+        shown = [*reversed(stages.values())] if len(stages) > 1 else [*report.layers]
+        shown = shown[:4]
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(_WIDTH, 2.6 + 2.15 * rows), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[2.6, 2.15 * rows])
@@ -101,14 +100,6 @@ def _model(report: GroupReport, names: Sequence[str]) -> Any:
     return figure
 
 
-def _first_of_stages(report: GroupReport) -> list[LayerReport]:
-    stages: dict[str, LayerReport] = {}
-    for layer in report.layers:
-        stages.setdefault(layer.stage or layer.name, layer)
-    first = list(stages.values()) if len(stages) > 1 else list(report.layers)
-    return first[:4]
-
-
 def _depth(axis: Any, report: GroupReport) -> None:
     """Draw the number of groups of every layer in order."""
     from matplotlib import ticker
@@ -118,11 +109,10 @@ def _depth(axis: Any, report: GroupReport) -> None:
     edges = [place - 0.5 for place in range(len(layers) + 1)]
     widest = max(layer.in_channels for layer in layers)
     axis.stairs([c.in_channels for c in layers], edges, color="0.6", linewidth=0.8, baseline=None, label="channels")
-    fixed = [layer.resnext_groups for layer in layers]
-    if None not in fixed:
-        axis.stairs(fixed, edges, color="black", linestyle="--", linewidth=0.8, baseline=None, label="ResNeXt")
-    groups = [layer.groups for layer in layers]
-    axis.plot(places, groups, color="black", marker="o", markersize=3.5, linewidth=0.8, label="learned")
+    if report.resnext is not None:
+        fixed = [layer.resnext_groups for layer in layers]
+        axis.stairs(fixed, edges, linestyle="--", baseline=None, label="ResNeXt", **_LINE)
+    axis.plot(places, [layer.groups for layer in layers], marker="o", markersize=3.5, label="learned", **_LINE)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_locator(ticker.FixedLocator([2**n for n in range(widest.bit_length())]))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -136,9 +126,8 @@ def _depth(axis: Any, report: GroupReport) -> None:
         for start, end in stages:
             if start:
                 axis.axvline(start - 0.5, color="0.8", linewidth=0.6, zorder=0)
-            middle = ((start + end) / 2 - 0.5, 1)
-            over: dict[str, Any] = dict(xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points")
-            axis.annotate(layers[start].stage, middle, ha="center", **over)
+            middle, over = ((start + end) / 2 - 0.5, 1), dict(xycoords=("data", "axes fraction"), xytext=(0, 3))
+            axis.annotate(layers[start].stage, middle, ha="center", textcoords="offset points", **over)
         names = [layer.name.split(".")[-2] for layer in layers]
         axis.set_xlabel("block")
     else:
@@ -163,9 +152,8 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
     out_cell, in_cell = (-(-channels // _CELLS) for channels in matrix.shape)
     cells = F.avg_pool2d(matrix[None], (out_cell, in_cell), ceil_mode=True)[0]
     # Enlarge the image, since viewers of .pdf and .svg may blur an image of few pixels.
-    pixels = cells.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1)
     image = axis.imshow(
-        pixels.numpy(),
+        cells.repeat_interleave(8, dim=0).repeat_interleave(8, dim=1).numpy(),
         cmap="Greys",
         norm=PowerNorm(0.5, vmin=0, vmax=1),  # makes a low density visible
         interpolation="none",
@@ -203,12 +191,15 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[height + 0.3, 1.3])
 
     shades = [1 - 0.75 * n / max(1, top - 1) for n in range(top)]
-    bounds = [2 ** (n - 0.5) for n in range(top + 1)]
-    cells = above.pcolormesh(
-        groups, cmap=ListedColormap([str(shade) for shade in shades]), norm=BoundaryNorm(bounds, top)
-    )
-    if column >= 3 * _CHARACTER:
-        _numbers(above, groups, shades)
+    norm = BoundaryNorm([2 ** (n - 0.5) for n in range(top + 1)], top)
+    cells = above.pcolormesh(groups, cmap=ListedColormap([str(shade) for shade in shades]), norm=norm)
+    if column >= 3 * _CHARACTER:  # the number of groups where a row begins and where it changes
+        for row, numbers in enumerate(groups):
+            for n, number in enumerate(numbers):
+                if n == 0 or number != numbers[n - 1]:
+                    color = "black" if shades[number.bit_length() - 1] > 0.47 else "white"
+                    place = dict(x=n + 0.5, y=row + 0.5, ha="center", va="center_baseline")
+                    above.text(s=str(number), fontsize=5.5, color=color, **place)
     for n, layer in enumerate(layers[1:], start=1):
         if layer.stage != layers[n - 1].stage:
             above.axhline(n, color="black", linewidth=0.8)
@@ -218,20 +209,17 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     above.set_yticks([n + 0.5 for n in range(len(layers))], names)
     above.tick_params(axis="both", length=0)
     above.invert_yaxis()
-    bar = figure.colorbar(
-        cells, ax=above, ticks=[2**n for n in range(top)], format="{x:g}", pad=0.01, aspect=8 * height
-    )
+    ticks = [2**n for n in range(top)]
+    bar = figure.colorbar(cells, ax=above, ticks=ticks, format="{x:g}", pad=0.01, aspect=8 * height)
     bar.set_label("groups")
     bar.ax.tick_params(length=0)
 
     places = [n + 0.5 for n in range(count)]
-    below.plot(
-        places, [100 * r.density for r in history.reports], color="black", marker="o", markersize=3, linewidth=0.8
-    )
+    below.plot(places, [100 * report.density for report in history.reports], marker="o", markersize=3, **_LINE)
     fixed = history.reports[0].resnext_density
     if fixed is not None:
-        below.axhline(100 * fixed, color="black", linestyle="--", linewidth=0.8)
-        beside: dict[str, Any] = dict(xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points")
+        below.axhline(100 * fixed, linestyle="--", **_LINE)
+        beside: Any = dict(xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points")
         # The space below the color bar is free.
         below.annotate("ResNeXt", (1, 100 * fixed), va="center", **beside).set_in_layout(False)
     below.set(ylabel="connections,\n% of dense", xlim=(0, count), xlabel=history.axis)
@@ -239,23 +227,5 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     every = math.ceil((2 if upright else letters) * _CHARACTER / column)  # one label per so many checkpoints
     below.set_xticks(places[::every], history.labels[::every])
     below.tick_params(axis="x", rotation=90 if upright else 0)
-    for side in ("top", "right"):
-        below.spines[side].set_visible(False)
+    below.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _numbers(axis: Any, groups: Sequence[Sequence[int]], shades: Sequence[float]) -> None:
-    """Write the number of groups where a row begins and where it changes."""
-    for row, numbers in enumerate(groups):
-        for column, number in enumerate(numbers):
-            if column == 0 or number != numbers[column - 1]:
-                shade = shades[number.bit_length() - 1]
-                axis.text(
-                    column + 0.5,
-                    row + 0.5,
-                    str(number),
-                    ha="center",
-                    va="center_baseline",
-                    fontsize=5.5,
-                    color="black" if shade > 0.47 else "white",
-                )

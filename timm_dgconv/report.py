@@ -31,9 +31,6 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.params + other.params, self.macs + other.macs)
 
-    def __sub__(self, other: "Cost") -> "Cost":
-        return Cost(self.params - other.params, self.macs - other.macs)
-
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -112,15 +109,13 @@ class GroupReport:
     @property
     def density(self) -> float:
         """Connected share of all channel pairs of these layers."""
-        return self.complexity / self._connections([1] * len(self.layers))
+        return self.complexity / self._connections(1 for _ in self.layers)
 
     @property
     def resnext_density(self) -> float | None:
         """Connected share of all channel pairs in the ResNeXt with the same widths, or None if there is none."""
         groups = [layer.resnext_groups for layer in self.layers if layer.resnext_groups is not None]
-        if len(groups) < len(self.layers):
-            return None
-        return self._connections(groups) / self._connections([1] * len(self.layers))
+        return None if self.resnext is None else self._connections(groups) / self._connections(1 for _ in self.layers)
 
     def _connections(self, groups: Iterable[int]) -> int:
         return sum(c.in_channels * c.out_channels // g for c, g in zip(self.layers, groups, strict=True))
@@ -142,57 +137,32 @@ class GroupReport:
         result = dataclasses.asdict(self)
         for entry, layer in zip(result["layers"], self.layers, strict=True):
             entry["channels_per_group"] = layer.channels_per_group
-        result |= {"complexity": self.complexity, "density": self.density, "resnext_density": self.resnext_density}
-        return {**result, "layers": list(result["layers"])}
+        return result | {
+            "complexity": self.complexity,
+            "density": self.density,
+            "resnext_density": self.resnext_density,
+        }
 
-    def table(self) -> str:
+    def __str__(self) -> str:
         """Return a table with one row per layer, and a second table for the whole network."""
-        rows = [
-            [
-                "layer",
-                "channels",
-                "resolution",
-                "groups",
-                "channels",
-                "open bits",
-                "parameters",
-                "",
-                "",
-                "MACs, M",
-                "",
-                "",
-            ],
-            ["", "", "", "", "per group", "", *("learned", "dense", "ResNeXt") * 2],
-        ]
+        names = ("layer", "channels", "resolution", "groups", "channels", "open bits", "parameters", "", "", "MACs, M")
+        rows = [[*names, "", ""], ["", "", "", "", "per group", "", *("learned", "dense", "ResNeXt") * 2]]
         for layer in self.layers:
-            costs = (layer.learned, layer.dense, layer.resnext)
-            rows.append(
-                [
-                    layer.name,
-                    _channels(layer),
-                    "-" if layer.resolution is None else "{} x {}".format(*layer.resolution),
-                    str(layer.groups),
-                    str(layer.channels_per_group),
-                    layer.bits or "-",
-                    *("-" if cost is None else f"{cost.params:,}" for cost in costs),
-                    *("-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in costs),
-                ]
-            )
-        fixed = sorted({layer.resnext_groups for layer in self.layers if layer.resnext_groups is not None})
-        resnext = f"ResNeXt, {fixed[0]} groups" if len(fixed) == 1 else "ResNeXt"
-        totals = (self.learned, self.dense, self.resnext)
+            params, macs = _cells(layer.learned, layer.dense, layer.resnext)
+            resolution = "-" if layer.resolution is None else "{} x {}".format(*layer.resolution)
+            groups = (str(layer.groups), str(layer.channels_per_group))
+            rows.append([layer.name, _channels(layer), resolution, *groups, layer.bits or "-", *params, *macs])
+        params, macs = _cells(self.learned, self.dense, self.resnext)
+        fixed = {layer.resnext_groups for layer in self.layers} - {None}
         densities = (self.density, 1.0, self.resnext_density)
         whole = [
-            ["whole network", "learned", "dense", resnext],
-            ["parameters", *("-" if cost is None else f"{cost.params:,}" for cost in totals)],
-            ["multiply-adds (MACs), M", *("-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in totals)],
+            ["whole network", "learned", "dense", f"ResNeXt, {fixed.pop()} groups" if len(fixed) == 1 else "ResNeXt"],
+            ["parameters", *params],
+            ["multiply-adds (MACs), M", *macs],
             ["connections, % of dense", *("-" if density is None else f"{100 * density:.2f}" for density in densities)],
         ]
         title = f"{self.model}, input {' x '.join(map(str, self.input_size))}"
         return f"{title}\n\n{_align(rows)}\n\n{_align(whole)}"
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 @dataclass(frozen=True)
@@ -230,34 +200,30 @@ class GroupHistory:
     @property
     def labels(self) -> tuple[str, ...]:
         """One label per checkpoint: its epoch, otherwise the name of its file, or its source if names are ambiguous."""
-        if self.axis == "epoch":
-            return tuple(map(str, self.epochs))
         files = [Path(source).name for source in self.sources]
         names = files if len(set(files)) == len(files) else self.sources
+        word = "epoch " if self.axis == "checkpoint" else ""
         pairs = zip(self.epochs, names, strict=True)
-        return tuple(name if epoch is None else f"epoch {epoch}" for epoch, name in pairs)
+        return tuple(name if epoch is None else f"{word}{epoch}" for epoch, name in pairs)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return `GroupReport.as_dict` of each checkpoint, with its source and epoch."""
         triples = zip(self.sources, self.epochs, self.reports, strict=True)
         return [{"source": source, "epoch": epoch, **report.as_dict()} for source, epoch, report in triples]
 
-    def table(self) -> str:
-        """Return a table with one row per layer and one column per checkpoint, and the density in percent below it.
+    def __str__(self) -> str:
+        """Return a table with one column per checkpoint: the groups of each layer, and the density in percent.
 
-        For a single checkpoint this is `GroupReport.table`.
+        For a single checkpoint this is the table of its report.
         """
         first, *others = self.reports
         if not others:
-            return first.table()
+            return str(first)
         rows = [["layer", "channels", *self.labels]]
-        for n, layer in enumerate(first.layers):
-            rows.append([layer.name, _channels(layer), *(str(report.layers[n].groups) for report in self.reports)])
+        for layer, *later in zip(*(report.layers for report in self.reports), strict=True):
+            rows.append([layer.name, _channels(layer), *(str(each.groups) for each in (layer, *later))])
         densities = ["connections, % of dense", "", *(f"{100 * report.density:.2f}" for report in self.reports)]
         return f"{first.model}, groups by {self.axis}\n\n{_align([*rows, densities])}"
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> GroupReport:
@@ -290,41 +256,36 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
             f"{type(model).__name__} has no DGConv2d and is no model of this package, so it has no groups to report; "
             "build a model with timm.create_model('g_resnext50'), or use timm_dgconv.groupable on yours"
         )
-    cardinalities = _cardinalities(model, convs)
     size = _input_size(model, input_size)
     counts = trace(model, size)
-    whole = Cost(sum(parameter.numel() for parameter in model.parameters()), counts.macs)
-    learned, dense, resnext = whole, whole, whole
+    cardinalities = _cardinalities(model)
     layers = []
+    rest = Cost(sum(parameter.numel() for parameter in model.parameters()), counts.macs)  # of all but these layers
     for name, conv in convs.items():
-        cardinality = cardinalities.get(name)
-        bits = _bits(conv) if isinstance(conv, DGConv2d) else None
+        outputs, fixed = counts.outputs[name], cardinalities.get(name)
+        macs = sum(output.numel() for output in outputs) * conv.weight[0].numel()
+        rest += Cost(-sum(parameter.numel() for parameter in conv.parameters()), -macs)
+        bits = None
+        if isinstance(conv, DGConv2d):
+            bits = "".join("0" if is_closed else "1" for is_closed in conv.bits())
         groups = conv.groups if bits is None else 1 << bits.count("0")
         bias = 0 if conv.bias is None else conv.bias.numel()
-        macs = sum(output.numel() for output in counts.outputs[name]) * conv.weight[0].numel()
         weights, products = conv.weight.numel() * conv.groups, macs * conv.groups
-        costs = [Cost(weights // g + bias, products // g) for g in (groups, 1, cardinality or 1)]
-        stored = Cost(sum(parameter.numel() for parameter in conv.parameters()), macs)
-        learned, dense, resnext = (
-            total - stored + cost for total, cost in zip((learned, dense, resnext), costs, strict=True)
-        )
-        resolution = next(((y.shape[-2], y.shape[-1]) for y in counts.outputs[name]), None)
+        learned, dense, resnext = (Cost(weights // g + bias, products // g) for g in (groups, 1, fixed or 1))
+        channels = (conv.in_channels, conv.out_channels)
+        resolution = (outputs[0].shape[-2], outputs[0].shape[-1]) if outputs else None
         layers.append(
-            LayerReport(
-                name,
-                conv.in_channels,
-                conv.out_channels,
-                resolution,
-                groups,
-                bits,
-                learned=costs[0],
-                dense=costs[1],
-                resnext=costs[2] if cardinality else None,
-                resnext_groups=cardinality,
-            )
+            LayerReport(name, *channels, resolution, groups, bits, learned, dense, resnext if fixed else None, fixed)
         )
-    known = all(layer.resnext is not None for layer in layers)
-    return GroupReport(_name(model), size, tuple(layers), learned, dense, resnext if known else None)
+    resnexts = [layer.resnext for layer in layers if layer.resnext is not None]
+    return GroupReport(
+        _setting(model, "architecture") or type(model).__name__,
+        size,
+        tuple(layers),
+        sum((layer.learned for layer in layers), rest),
+        sum((layer.dense for layer in layers), rest),
+        sum(resnexts, rest) if len(resnexts) == len(layers) else None,
+    )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -336,42 +297,37 @@ def _unwrap(model: nn.Module) -> nn.Module:
         (model,) = children.values()
 
 
-def _cardinalities(model: nn.Module, convs: dict[str, nn.Conv2d]) -> dict[str, int]:
-    """Return the number of groups in the ResNeXt with the same widths, for the layers of a G-ResNeXt."""
-    nets = [(f"{name}.".lstrip("."), net) for name, net in model.named_modules() if isinstance(net, GResNet)]
+def _cardinalities(model: nn.Module) -> dict[str, int]:
+    """Return the number of groups in the ResNeXt with the same widths, for all modules of a G-ResNeXt."""
     return {
         name: net.cardinality
-        for name in convs
-        for prefix, net in nets
-        if name.startswith(prefix) and net.cardinality > 1
+        for prefix, net in model.named_modules()
+        if isinstance(net, GResNet) and net.cardinality > 1
+        for name, _ in net.named_modules(prefix=prefix)
     }
 
 
-def _bits(conv: DGConv2d) -> str:
-    return "".join("0" if is_closed else "1" for is_closed in conv.bits())
+def _setting(model: nn.Module, key: str) -> Any:
+    """Return the first value of this key in a pretrained_cfg of the model or of a module inside, or None."""
+    cfgs = (getattr(module, "pretrained_cfg", None) or {} for module in model.modules())
+    return next((cfg[key] for cfg in cfgs if cfg.get(key)), None)
 
 
 def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
     if given is None:
-        cfgs = (getattr(module, "pretrained_cfg", None) for module in model.modules())
-        cfg = next((cfg for cfg in cfgs if cfg and cfg.get("input_size")), None)
-        if cfg is None:
+        default = _setting(model, "input_size")
+        if default is None:
             raise ValueError(
                 f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
                 "input_size=(channels, height, width))"
             )
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        given = (first.in_channels, *cfg["input_size"][1:])  # in_chans of timm.create_model does not change the cfg
+        given = (first.in_channels, *default[1:])  # in_chans of timm.create_model does not change the cfg
     if not isinstance(given, Sequence) or not all(type(number) is int for number in given):
         raise TypeError(f"input_size={given!r} must be three integers, (channels, height, width)")
     if len(given) != 3 or min(given) < 1:
         raise ValueError(f"input_size={given!r} must be three positive integers, (channels, height, width)")
     return given[0], given[1], given[2]
-
-
-def _name(model: nn.Module) -> str:
-    cfgs = (getattr(module, "pretrained_cfg", None) for module in model.modules())
-    return next((cfg["architecture"] for cfg in cfgs if cfg and cfg.get("architecture")), type(model).__name__)
 
 
 @dataclass
@@ -433,11 +389,11 @@ def _without_data(model: nn.Module) -> nn.Module:
     for copied, module in zip(result.modules(), model.modules(), strict=True):
         for name in _compat.HOOKS:
             hooks: dict[int, Callable[..., Any]] = getattr(copied, name)
-            shared = getattr(module, name)
             # deepcopy does not copy functions, so they would see this run. It copies bound methods, which timm's
             # FeatureHookNet needs.
-            for key in [key for key, hook in hooks.items() if hook is shared.get(key)]:
-                del hooks[key]
+            for key, hook in getattr(module, name).items():
+                if hooks[key] is hook:
+                    del hooks[key]
     return result
 
 
@@ -453,11 +409,14 @@ def _channels(layer: LayerReport) -> str:
     return f"{layer.in_channels} -> {layer.out_channels}"
 
 
+def _cells(*costs: Cost | None) -> tuple[list[str], list[str]]:
+    """Return parameters and multiply-adds in millions as text."""
+    params = ["-" if cost is None else f"{cost.params:,}" for cost in costs]
+    return params, ["-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in costs]
+
+
 def _align(rows: Sequence[Sequence[str]]) -> str:
     """Align columns of text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    form = "  ".join(f"{{:{'<' if n == 0 else '>'}{width}}}" for n, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 from timm.models import get_arch_pretrained_cfgs
@@ -21,21 +21,12 @@ def fixed_groups(model: nn.Module) -> list[int]:
     return [] if any(isinstance(module, DGConv2d) for module in model.modules()) else layer_groups(model)
 
 
-class _Stats(NamedTuple):
-    """Counts for one image: parameters and activations in millions, multiply-adds in billions."""
-
-    params: float
-    macs: float
-    activations: float
-
-    def __str__(self) -> str:
-        return f"{self.params:.1f} M parameters, {self.macs:.1f} GMACs, {self.activations:.1f} M activations"
-
-
-def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> _Stats:
+def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
+    """Return counts for one image with their units."""
     counts = trace(model, input_size)
     params = sum(parameter.numel() for parameter in model.parameters())
-    return _Stats(params / 1e6, counts.macs / 1e9, counts.activations / 1e6)
+    numbers = {"Params (M)": params / 1e6, "GMACs": counts.macs / 1e9, "Activations (M)": counts.activations / 1e6}
+    return {name: f"{number:.1f}" for name, number in numbers.items()}
 
 
 def model_card(
@@ -55,32 +46,21 @@ def model_card(
     cfg = model.pretrained_cfg
     architecture, tag, size = cfg["architecture"], cfg["tag"], cfg["input_size"]
     name, groups = f"{architecture}.{tag}", fixed_groups(model)
-    stats = _stats(model, size)
     details: dict[str, Any] = {
         "Model Type": "Image classification / feature backbone",
-        "Model Stats": {
-            "Params (M)": f"{stats.params:.1f}",
-            "GMACs": f"{stats.macs:.1f}",
-            "Activations (M)": f"{stats.activations:.1f}",
-            "Image size": f"{size[1]} x {size[2]}",
-        },
+        "Model Stats": {**_stats(model, size), "Image size": f"{size[1]} x {size[2]}"},
     }
     base = BASE_MODELS.get(architecture)
-    same_widths = set(model_kwargs or ()) <= {
-        "groups",
-        "sort",
-        "global_pool",
-    }  # timm >= 1.0.31 always stores the pooling
-    if base is not None and same_widths:
+    # timm >= 1.0.31 always stores the pooling.
+    if base is not None and set(model_kwargs or ()) <= {"groups", "sort", "global_pool"}:
         baseline = timm.create_model(base, num_classes=model.num_classes, in_chans=size[0], device="meta")
-        counted = (
-            "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
+        dense = "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
+        params, macs, activations = _stats(baseline, size).values()
+        details["Compared with"] = (
+            f"{'' if groups else dense}timm's `{base}` has {params} M parameters, {macs} GMACs, {activations} M activations"
         )
-        details["Compared with"] = f"{counted}timm's `{base}` has {_stats(baseline, size)}"
     papers = [RESNEXT_PAPER] if name == BASELINE else [_PAPER, RESNEXT_PAPER]
-    details["Papers"] = [
-        f"{title}: {paper_id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, paper_id in papers
-    ]
+    details["Papers"] = [f"{title}: {id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, id in papers]
     if tag.endswith("in1k"):
         details["Dataset"] = "ImageNet-1k"
     if cfg.get("origin_url"):
@@ -135,94 +115,70 @@ def _description(name: str, groups: list[int]) -> str:
 
 def _groups(report: GroupReport, figure: str | None) -> str:
     """Return a table of the groups and of what they save."""
-    lines = ["| layer | channels | groups | parameters | with one group |", "|---|---|---|---|---|"]
-    for layer in report.layers:
-        cells = (layer.name, f"{layer.in_channels} -> {layer.out_channels}", str(layer.groups))
-        lines.append(f"| {' | '.join(cells)} | {layer.learned.params:,} | {layer.dense.params:,} |")
-    costs = [
-        (report.learned, "with these groups"),
-        (report.dense, "with one group in each of these layers"),
-        (report.resnext, "with the groups of a ResNeXt"),
-    ]
     wholes = [
-        f"{cost.params / 1e6:.1f} M parameters and {cost.macs / 1e9:.2f} GMACs {groups}"
-        for cost, groups in costs
+        f"{cost.params / 1e6:.1f} M parameters and {cost.macs / 1e9:.2f} GMACs with {groups}"
+        for cost, groups in [
+            (report.learned, "these groups"),
+            (report.dense, "one group in each of these layers"),
+            (report.resnext, "the groups of a ResNeXt"),
+        ]
         if cost is not None
     ]
-    text = (
+    lines = [
         f"The layers keep {100 * report.density:.1f} % of the connections of dense layers. The whole network has "
-        f"{', '.join(wholes[:-1])}, and {wholes[-1]}."
-    )
-    picture = [] if figure is None else ["", f"![groups]({figure})"]
-    return "\n\n" + "\n".join([text, "", *lines, *picture])
+        f"{', '.join(wholes[:-1])}, and {wholes[-1]}.",
+        "",
+        "| layer | channels | groups | parameters | with one group |",
+        "|---|---|---|---|---|",
+    ]
+    for layer in report.layers:
+        channels = f"{layer.in_channels} -> {layer.out_channels}"
+        params = f"{layer.learned.params:,} | {layer.dense.params:,}"
+        lines.append(f"| {layer.name} | {channels} | {layer.groups} | {params} |")
+    if figure is not None:
+        lines += ["", f"![groups]({figure})"]
+    return "\n\n" + "\n".join(lines)
 
 
 def _usage(model: Any, name: str) -> str:
+    """Return the examples of timm's model cards."""
     channels, height, width = model.pretrained_cfg["input_size"]
-    image = f'{_IMAGE}.convert("L")' if channels == 1 else _IMAGE
+    shapes = [
+        f"{info['num_chs']}, {math.ceil(height / info['reduction'])}, {math.ceil(width / info['reduction'])}"
+        for info in model.feature_info
+    ]
+    feature_maps = "\n".join(f"    #  torch.Size([1, {shape}])" for shape in shapes)
 
-    def shape(info: dict[str, Any]) -> str:
-        return (
-            f"(1, {info['num_chs']}, {math.ceil(height / info['reduction'])}, {math.ceil(width / info['reduction'])})"
-        )
-
-    load = f'model = timm.create_model(\n    "hf-hub:OWNER/{name}",  # OWNER: the account of this repository'
-    install = "" if name == BASELINE else "```bash\npip install timm-dgconv  # timm then knows the model\n```\n\n"
-    shapes = "\n".join(f"    #  torch.Size([{shape(info)[1:-1]}])" for info in model.feature_info)
-    return f"""{install}### Image Classification
+    def example(heading: str, argument: str, rest: str) -> str:
+        return f"""### {heading}
 ```python
-{image}
+{_IMAGE}{'.convert("L")' if channels == 1 else ""}
 
-{load}
-    pretrained=True,
+model = timm.create_model(
+    "hf-hub:OWNER/{name}",  # OWNER: the account of this repository
+    pretrained=True,{argument}
 )
-{_TRANSFORM}
+model = model.eval()
 
-output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
+# get model specific transforms (normalization, resize)
+data_config = timm.data.resolve_model_data_config(model)
+transforms = timm.data.create_transform(**data_config, is_training=False)
 
-top5_probabilities, top5_class_indices = torch.topk(output.softmax(dim=1) * 100, k=5)
-```
-
-### Feature Map Extraction
-```python
-{image}
-
-{load}
-    pretrained=True,
-    features_only=True,
-)
-{_TRANSFORM}
-
-output = model(transforms(img).unsqueeze(0))  # unsqueeze single image into batch of 1
-
-for o in output:
-    # print shape of each feature map in output
-    # e.g.:
-{shapes}
-    print(o.shape)
-```
-
-### Image Embeddings
-```python
-{image}
-
-{load}
-    pretrained=True,
-    num_classes=0,  # remove classifier nn.Linear
-)
-{_TRANSFORM}
-
-output = model(transforms(img).unsqueeze(0))  # output is (batch_size, num_features) shaped tensor
-
-# or equivalently (without needing to set num_classes=0)
-
-output = model.forward_features(transforms(img).unsqueeze(0))
-# output is unpooled, a {shape(model.feature_info[-1])} shaped tensor
-
-output = model.forward_head(output, pre_logits=True)
-# output is a (1, num_features) shaped tensor
+output = model(transforms(img).unsqueeze(0))  # {rest}
 ```
 """
+
+    examples = [
+        example("Image Classification", "", _CLASSES),
+        example("Feature Map Extraction", "\n    features_only=True,", _FEATURE_MAPS.format(feature_maps)),
+        example(
+            "Image Embeddings",
+            "\n    num_classes=0,  # remove classifier nn.Linear",
+            _EMBEDDINGS.format(f"(1, {shapes[-1]})"),
+        ),
+    ]
+    install = "" if name == BASELINE else "```bash\npip install timm-dgconv  # timm then knows the model\n```\n\n"
+    return install + "\n".join(examples)
 
 
 _CHECKPOINTS = {
@@ -258,8 +214,22 @@ from PIL import Image
 img = Image.open(
     urlopen("https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png")
 )"""
-_TRANSFORM = """model = model.eval()
+_CLASSES = """unsqueeze single image into batch of 1
 
-# get model specific transforms (normalization, resize)
-data_config = timm.data.resolve_model_data_config(model)
-transforms = timm.data.create_transform(**data_config, is_training=False)"""
+top5_probabilities, top5_class_indices = torch.topk(output.softmax(dim=1) * 100, k=5)"""
+_FEATURE_MAPS = """unsqueeze single image into batch of 1
+
+for o in output:
+    # print shape of each feature map in output
+    # e.g.:
+{}
+    print(o.shape)"""
+_EMBEDDINGS = """output is (batch_size, num_features) shaped tensor
+
+# or equivalently (without needing to set num_classes=0)
+
+output = model.forward_features(transforms(img).unsqueeze(0))
+# output is unpooled, a {} shaped tensor
+
+output = model.forward_head(output, pre_logits=True)
+# output is a (1, num_features) shaped tensor"""

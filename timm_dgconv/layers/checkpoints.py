@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_dgconv.ops.grouped import group_blocks
+from timm_dgconv.ops.grouped import diagonal_blocks
 
 PRETRAINED_GATE = 0.01
 """Distance from zero of the gates of a loaded group convolution.
@@ -102,7 +102,7 @@ def from_conv(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
         nn.init.kaiming_uniform_(dense, a=math.sqrt(5))  # as torch.nn.Conv2d.reset_parameters
     else:
         dense = layer.weight.detach().to(weight.device, weight.dtype, copy=True)
-    group_blocks(dense, groups).copy_(weight.detach().unflatten(0, (groups, -1)))
+    diagonal_blocks(dense, groups).copy_(weight.detach().unflatten(0, (groups, -1)))
     return dense, contiguous_gates(groups, torch.empty(num_bits, device=weight.device, dtype=weight.dtype))
 
 

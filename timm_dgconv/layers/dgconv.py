@@ -11,7 +11,7 @@ from torch.nn.common_types import _size_2_t
 from timm_dgconv.layers import gate_reader
 from timm_dgconv.layers.checkpoints import GATE_NAMES, contiguous_gates, remap_state_dict
 from timm_dgconv.ops import algebra, autograd
-from timm_dgconv.ops.grouped import group_blocks
+from timm_dgconv.ops.grouped import diagonal_blocks
 from timm_dgconv.ops.naive import connectivity, masked_conv2d
 
 
@@ -241,12 +241,12 @@ class DGConv2d(nn.Conv2d):
         if groups is None:
             bits = algebra.read_bits(gate_reader.read_alone(self), self.sort, self.nested)
             groups = 1 << bits.prefix
-            weight = weight if all(bits.closed[: sum(bits.closed)]) else weight * self.connectivity()[:, :, None, None]
+            weight = weight if bits.is_sorted else weight * self.connectivity()[:, :, None, None]
         elif groups < 1 or self.in_channels % groups or self.out_channels % groups:
             raise ValueError(f"groups={groups} does not divide the {self.in_channels} -> {self.out_channels} channels")
         is_channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-        blocks = group_blocks(weight.detach(), groups).flatten(0, 1).contiguous(memory_format=memory_format)
+        blocks = diagonal_blocks(weight.detach(), groups).flatten(0, 1).contiguous(memory_format=memory_format)
         blocks = blocks.clone(memory_format=torch.preserve_format) if groups == 1 else blocks
         delattr(self, GATE_NAMES[self.sort])
         for name in ("sort", "nested", "steered", "_channels_of_gates"):

@@ -32,6 +32,16 @@ class Bits(NamedTuple):
         """Number of closed bits before the first open bit."""
         return [*self.closed, False].index(False)
 
+    @property
+    def is_sorted(self) -> bool:
+        """Whether all closed bits come first, so that each group is a range of channels."""
+        return self.prefix == sum(self.closed)
+
+    def sorted(self) -> "Bits":
+        """Return the bits in the order of their channels after `timm_dgconv.ops.grouped.exchange_bits`."""
+        order = sorted(range(len(self.closed)), key=lambda k: not self.closed[k])
+        return Bits(tuple(self.closed[k] for k in order), tuple(self.gates[k] for k in order))
+
 
 def num_bits(in_channels: int, out_channels: int) -> int:
     """Return the number of gates K: 2^K is the largest power of two that divides both channel counts.

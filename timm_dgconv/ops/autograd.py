@@ -119,8 +119,13 @@ def _output(
     input: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, values: Tensor | Sequence[float], *options: Any
 ) -> Tensor:
     *geometry, sort, nested = options
+    bits = _bits(values, sort, nested)
+    weight = _dense(weight)
     with _without_autocast(input):
-        return grouped.output(input, weight, bias, _bits(values, sort, nested), *geometry)
+        if bits.is_sorted:
+            return grouped.output(input, weight, bias, bits, *geometry)
+        y = grouped.output(*_exchange(bits, input, weight, bias), *geometry)
+        return grouped.exchange_bits(y, bits.closed, inverse=True)
 
 
 def _gradients(
@@ -134,16 +139,40 @@ def _gradients(
     """Return the gradients of input, weight and gates, or empty tensors for those that are not needed."""
     *geometry, sort, nested, (needs_input, needs_weight, needs_gate) = options
     bits = _bits(values, sort, nested)
+    channels_last = is_channels_last(input, weight)
+    grad, x, w = grouped.in_format(grad_output, channels_last), grouped.in_format(input, channels_last), _dense(weight)
     grad_input = grad_weight = grad_gate = None
     with _without_autocast(input):
+        x, w, _, ordered = (x, w, None, bits) if bits.is_sorted else _exchange(bits, x, w, None)
+        grad = grad if bits.is_sorted else grouped.exchange_bits(grad, bits.closed)
         if needs_input:
-            grad_input = grouped.input_gradient(grad_output, input, weight, bits, *geometry)
+            grad_input = grouped.input_gradient(grad, x, w, ordered, *geometry)
+            if not bits.is_sorted:
+                grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
         if needs_weight or needs_gate:
-            learning = gate if needs_gate else None
-            grad_weight, grad_gate = grouped.weight_and_gate_gradients(
-                grad_output, input, weight, learning, bits, *geometry
-            )
+            grad_weight, grad_gate = grouped.weight_and_gate_gradients(grad, x, w, ordered, needs_gate, *geometry)
+            for dim in () if bits.is_sorted else (0, 1):
+                grad_weight = grouped.exchange_bits(grad_weight, bits.closed, dim, inverse=True)
+            if grad_weight.stride() != weight.stride():
+                grad_weight = torch.empty_like(weight).copy_(grad_weight)
+        grad_gate = None if grad_gate is None else grad_gate.to(gate.dtype)
     return tuple(weight.new_empty(0) if grad is None else grad for grad in (grad_input, grad_weight, grad_gate))
+
+
+def _exchange(
+    bits: Bits, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Bits]:
+    """Order the channels of an unsorted layer so that its groups are contiguous."""
+    x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
+    for dim in (0, 1):
+        weight = grouped.exchange_bits(weight, bits.closed, dim)
+    bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
+    return x, weight, bias, bits.sorted()
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Return a weight in one of the two memory formats, without a copy if it is in one."""
+    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
 
 
 def _bits(values: Tensor | Sequence[float], sort: bool, nested: bool) -> Bits:
@@ -187,7 +216,7 @@ def _masked_gradients(
         input, weight, bias, gate = tensors
         bias = None if bias is None else bias.to(input.dtype)
         read = _on_host(values).to(gate.device)
-        output = masked_conv2d(input, weight, bias, gate, *options, read, input.dtype)  # type: ignore[call-arg]
+        output = masked_conv2d(input, weight, bias, gate, *options, read, input.dtype)
         wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return [next(grads) if needed else None for needed in needs]

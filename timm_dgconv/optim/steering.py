@@ -36,9 +36,6 @@ from timm_dgconv.optim.complexity import dgconv_layers
 DEFAULT_WEIGHT = 0.1
 """Weight of a model that has a target only."""
 
-Gates = list[list[float]]
-"""The values of the gates, per parameter."""
-
 
 class Steering:
     """What steers the gates. The layers of one model share one object.
@@ -145,25 +142,26 @@ def _register_hooks() -> None:
 
 
 class _Group:
-    """The layers of one steered model, seen from one optimizer. Layers can share their gates.
+    """The layers of one steered model, seen from one optimizer. All gates have one order, that of `flat`.
 
     Attributes:
         steering: What steers the model.
-        gates: The gate parameters of all layers.
-        users: Per parameter the indices of the layers.
-        trainable: Per parameter whether the optimizer trains it.
-        nested: Per parameter whether only the gates that can flip next learn.
+        gates: The gate parameters of all layers. Layers can share them.
+        trained: The gate parameters that the optimizer trains.
+        places: Per layer the places of its gates.
         sizes: Per layer the number of connections of a dense layer.
+        nested: Per layer whether only the gates that can flip next learn.
     """
 
-    def __init__(self, steering: Steering, layers: Sequence[DGConv2d], parameters: set[int]) -> None:
+    def __init__(self, steering: Steering, layers: Sequence[DGConv2d], parameters: set[Tensor]) -> None:
         self.steering = steering
-        self.gates = list({id(layer.gate): layer.gate for layer in layers}.values())
-        self.users = [tuple(n for n, layer in enumerate(layers) if layer.gate is gate) for gate in self.gates]
-        self.trainable = [gate.requires_grad and id(gate) in parameters for gate in self.gates]
-        self.nested = tuple(layers[users[0]].sort and layers[users[0]].nested for users in self.users)
+        self.gates = list(dict.fromkeys(layer.gate for layer in layers))
+        self.trained = [gate for gate in self.gates if gate.requires_grad and gate in parameters]
+        ends = itertools.accumulate(gate.numel() for gate in self.gates)
+        places = {gate: range(end - gate.numel(), end) for gate, end in zip(self.gates, ends, strict=True)}
+        self.places = tuple(places[layer.gate] for layer in layers)
         self.sizes = tuple(layer.in_channels * layer.out_channels for layer in layers)
-        self.num_gates = tuple(gate.numel() for gate in self.gates)
+        self.nested = tuple(layer.sort and layer.nested for layer in layers)
 
     @property
     def budget(self) -> float:
@@ -178,18 +176,15 @@ class _Group:
         like = wholes[0].new_empty(0, dtype=torch.promote_types(wholes[0].dtype, torch.float32))
         return torch.cat([whole.to(like) for whole in wholes])
 
-    def split(self, flat: Tensor) -> Gates:
-        """Read the values of all gates, in one transfer, per tensor of `flat` and parameter."""
-        numbers = iter(flat.tolist())
-        return [list(itertools.islice(numbers, n)) for n in self.num_gates * (len(flat) // sum(self.num_gates))]
+    def split(self, flat: Tensor) -> dict[Tensor, Tensor]:
+        """Return the part of each gate parameter."""
+        return dict(zip(self.gates, flat.split([gate.numel() for gate in self.gates]), strict=True))
 
-    def connections(self, gates: Gates) -> float:
+    def connections(self, values: Sequence[float]) -> float:
         """Return the number of connections of the model with these values of the gates."""
-        connections = list(map(float, self.sizes))
-        for values, users in zip(gates, self.users, strict=True):
-            for n in users:
-                connections[n] *= 0.5 ** sum(map(algebra.is_closed, values))
-        return sum(connections)
+        closed = list(map(algebra.is_closed, values))
+        counts = (sum(closed[place.start : place.stop]) for place in self.places)
+        return sum(size * 0.5**count for size, count in zip(self.sizes, counts, strict=True))
 
 
 def _groups(optimizer: Optimizer) -> list[_Group]:
@@ -198,33 +193,31 @@ def _groups(optimizer: Optimizer) -> list[_Group]:
     Raises:
         RuntimeError: If this process has only a part of the gates.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ids = {id(p) for p in parameters}
+    parameters: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
     flattened = {module for p in parameters for module in _compat.flat_parameter_modules(p)}
-    members = defaultdict(list)
     with _lock:
-        steered = list(_steered)
+        steered = sorted(_steered, key=lambda member: member.index)
+    models = defaultdict(list)
     for member in steered:
         layer = member.layer()
         if layer is not None and getattr(layer, "steered", None) is member:
-            members[member.steering].append((member.index, layer))
+            models[member.steering].append(layer)
     groups = []
-    for steering, indexed in members.items():
-        layers = [layer for _, layer in sorted(indexed, key=lambda entry: entry[0])]
+    for steering, layers in models.items():
         for layer in layers:
-            if layer in flattened or (id(layer.gate) in ids and layer.gate.numel() != layer.num_bits):
+            if layer in flattened or (layer.gate in parameters and layer.gate.numel() != layer.num_bits):
                 raise RuntimeError(
                     "FullyShardedDataParallel has sharded the gates of a DGConv2d, and complexity_weight needs whole "
                     "gates; shard with torch.distributed.fsdp.fully_shard, or train with DistributedDataParallel"
                 )
-        if not any(id(layer.gate) in ids for layer in layers):
+        if not any(layer.gate in parameters for layer in layers):
             continue
         if steering.acts_after_steps and any(hasattr(layer.gate, "full_tensor") for layer in layers):  # a DTensor
             raise RuntimeError(
                 "complexity_target, gate_bound and gate_steps need all gates in each process, and fully_shard has "
                 "sharded them; use complexity_weight alone, or train with DistributedDataParallel"
             )
-        groups.append(_Group(steering, layers, ids))
+        groups.append(_Group(steering, layers, parameters))
     return groups
 
 
@@ -235,15 +228,15 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _before[optimizer] = {group.steering: group.flat() for group in groups if group.steering.acts_after_steps}
 
     def add_terms() -> None:
-        gates = [gate for group in groups for gate in group.gates]
-        done = {id(gate) for gate in gates if _has_term(gate)}
+        done = {gate for group in groups for gate in group.gates if _has_term(gate)}
         for group in groups:
-            done |= _add_term(group, done, getattr(optimizer, "grad_scale", None))
+            waiting = [gate for gate in group.trained if gate not in done]
+            if waiting and group.steering.weight:
+                _add_term(group, waiting, getattr(optimizer, "grad_scale", None))
+                done.update(waiting)
         # Afterwards: gradients that are views of one bucket (DistributedDataParallel) share a version.
-        for gate in gates:
-            if id(gate) in done:
-                assert gate.grad is not None
-                gate.grad._version_with_term = _compat.version(gate.grad)  # type: ignore[attr-defined]
+        for gate in done:
+            gate.grad._version_with_term = _compat.version(gate.grad)  # type: ignore[union-attr, arg-type]
 
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
@@ -266,82 +259,60 @@ def _has_term(gate: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _add_term(group: _Group, done: set[int], grad_scale: Tensor | None) -> set[int]:
-    """Add the term to the gradient of the gates that the optimizer trains.
+def _add_term(group: _Group, gates: Sequence[Tensor], grad_scale: Tensor | None) -> None:
+    """Add the term to the gradients of gates, in few operations for all layers.
 
     The derivative of a layer's complexity, ``size * 2^(-number of closed gates)``, is the complexity times ln(2) for
-    each of its gates that learns: with nested gates, the closed and the open gate nearest to zero.
+    each of its gates that learns.
 
     Args:
         group: The model.
-        done: Ids of the gates whose gradients have the term already.
+        gates: Gate parameters of the model.
         grad_scale: Factor of the gradients, if a fused optimizer unscales them itself.
-
-    Returns:
-        Ids of the gates whose gradients have changed.
     """
-    indices = [n for n, gate in enumerate(group.gates) if group.trainable[n] and id(gate) not in done]
-    if not indices or not group.steering.weight:
-        return set()
     flat = group.flat()
-    matrix, sizes = _membership(group.num_gates, tuple(group.users), group.sizes, flat.device, flat.dtype)
-    complexities = sizes * torch.exp2(-(matrix @ algebra.closed_gates(flat).to(flat.dtype)))
+    index, sizes, nested = _layout(group.places, group.sizes, group.nested, flat.device)
+    rows = nn.functional.pad(flat, (0, 1), value=math.inf)[index]  # (layers, largest number of gates)
+    closed = algebra.closed_gates(rows)
+    complexities = sizes.to(flat) * torch.exp2(-closed.sum(1).to(flat))
     total = complexities.sum()
-    term = (complexities @ matrix) * (group.steering.weight * math.log(2) / total)
-    if any(group.nested):
-        term *= _learns(flat, group.num_gates, group.nested)
+    derivative = complexities * (group.steering.weight * math.log(2) / total)
     if group.steering.target is not None:
-        term *= total > group.budget
+        derivative *= total > group.budget
     if grad_scale is not None:
-        term *= grad_scale.to(flat.device)
-    pieces = term.split(group.num_gates)
-    grads = []
-    for n in indices:
-        gate = group.gates[n]
-        gate.grad = torch.zeros_like(gate) if gate.grad is None else gate.grad
-        grads.append(gate.grad.to_local() if hasattr(gate.grad, "to_local") else gate.grad)
-    # A DTensor has some of the gates here. The gates of a layer have one gradient.
-    _compat.foreach_add_(grads, [pieces[n][: len(g)].to(g) for n, g in zip(indices, grads, strict=True)])
-    return {id(group.gates[n]) for n in indices}
-
-
-def _learns(flat: Tensor, num_gates: tuple[int, ...], nested: tuple[bool, ...]) -> Tensor:
-    """Return 1 for each gate that learns and 0 for the others, see `timm_dgconv.ops.algebra.read_bits`."""
-    index, rows = _rows(num_gates, flat.device)
-    padded = nn.functional.pad(flat, (0, 1), value=math.inf)[index]  # (parameters, largest number of gates)
-    closed = algebra.closed_gates(padded)
-    learns = torch.zeros_like(padded)
+        derivative *= grad_scale.to(flat.device)
+    learns = torch.zeros_like(rows)  # with nested gates, the closed and the open gate nearest to zero
     for side in (closed, ~closed):
-        distance = torch.where(side, padded.abs(), math.inf)
+        distance = torch.where(side, rows.abs(), math.inf)
         learns.scatter_add_(1, distance.argmin(1, keepdim=True), distance.amin(1, keepdim=True).isfinite().to(flat))
-    every = torch.tensor([not n for n in nested], device="cpu").to(flat.device, flat.dtype, non_blocking=True)
-    return torch.maximum(learns, every.unsqueeze(1)).flatten()[rows]
+    learns = torch.where(nested.unsqueeze(1), learns, 1)
+    terms = flat.new_zeros(len(flat) + 1).index_add_(0, index.flatten(), (learns * derivative.unsqueeze(1)).flatten())
+    parts = group.split(terms[:-1])
+    grads, pieces = [], []
+    for gate in gates:
+        grad: Any = torch.zeros_like(gate) if gate.grad is None else gate.grad
+        part: Any = parts[gate].to(grad.dtype)
+        gate.grad = grad
+        if hasattr(grad, "to_local"):  # a DTensor, of which this process has a part
+            part = type(grad).from_local(part, grad.device_mesh).redistribute(placements=grad.placements).to_local()
+            grad = grad.to_local()
+        grads.append(grad)
+        pieces.append(part.to(grad.device))
+    _compat.foreach_add_(grads, pieces)
 
 
 @functools.lru_cache(maxsize=64)
-def _rows(num_gates: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the index that pads flat gates to rows of one length, and the index that takes them back."""
-    width, total = max(num_gates), sum(num_gates)
-    starts = itertools.accumulate(num_gates, initial=0)
-    rows = [[start + k if k < n else total for k in range(width)] for start, n in zip(starts, num_gates, strict=False)]
-    index = torch.tensor(rows, device="cpu")
-    return index.to(device), (index.flatten() < total).nonzero().flatten().to(device)
+def _layout(
+    places: tuple[range, ...], sizes: tuple[int, ...], nested: tuple[bool, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places of the gates in rows of one length, one row per layer, and per layer `sizes` and `nested`.
 
-
-@functools.lru_cache(maxsize=64)
-def _membership(
-    num_gates: tuple[int, ...],
-    users: tuple[tuple[int, ...], ...],
-    sizes: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Return the 0/1 matrix of shape (layers, gates) of the gates that each layer has, and the sizes of the layers."""
-    matrix = torch.zeros(len(sizes), len(num_gates), dtype=dtype)
-    for column, layers in enumerate(users):
-        matrix[list(layers), column] = 1
-    matrix = matrix.repeat_interleave(torch.tensor(num_gates), dim=1)
-    return matrix.to(device), torch.tensor(sizes, dtype=dtype).to(device)
+    The place after the last gate fills the rows.
+    """
+    rows = [torch.tensor(place, device="cpu") for place in places]
+    end = max(place.stop for place in places)
+    index = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)
+    return index.to(device), torch.tensor(sizes, device=device), torch.tensor(nested, device=device)
 
 
 @torch.no_grad()
@@ -354,13 +325,12 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         steering = group.steering
         if steering not in before:
             continue
-        trained = [gate for gate, trainable in zip(group.gates, group.trainable, strict=True) if trainable]
         if steering.steps is not None and _steps[optimizer] > steering.steps:
-            for gate, old in zip(group.gates, before[steering].split(group.num_gates), strict=True):
+            for gate, old in group.split(before[steering]).items():
                 gate.copy_(old)
             continue
         if steering.bound is not None:
-            for gate in trained:
+            for gate in group.trained:
                 gate.clamp_(-steering.bound, steering.bound)
         if steering.target is not None:
             _hold_target(group, before[steering])
@@ -376,24 +346,25 @@ def _hold_target(group: _Group, before: Tensor) -> None:
         group: The model after a step of the optimizer.
         before: All gates before the step.
     """
-    both = group.split(torch.cat([before, group.flat()]))  # one transfer
-    old, new = both[: len(group.gates)], both[len(group.gates) :]
-    positions = [(n, k) for n, values in enumerate(new) for k in range(len(values)) if group.trainable[n]]
-    positions.sort(key=lambda position: abs(new[position[0]][position[1]]))
+    old, stepped = torch.stack([before, group.flat()]).tolist()  # one transfer
+    new = list(stepped)
+    owners = [(gate, n) for gate in group.gates for n in range(gate.numel())]
+    trained = set(group.trained)
+    nearest = sorted((k for k, (gate, _) in enumerate(owners) if gate in trained), key=lambda k: abs(stepped[k]))
+    total = group.connections(new)
     allowed = max(group.budget, group.connections(old))  # above the target the term closes gates
 
-    def turn(n: int, k: int) -> float:
-        new[n][k] = -new[n][k]
+    def turn(k: int) -> float:
+        new[k] = -new[k]
         return group.connections(new)
 
-    stepped = [list(values) for values in new]
-    total = group.connections(new)
-    for n, k in positions:
-        if total > allowed and not algebra.is_closed(new[n][k]):
-            total = turn(n, k)
-    for n, k in positions:
-        if algebra.is_closed(new[n][k]) and not algebra.is_closed(old[n][k]) and turn(n, k) > group.budget:
-            turn(n, k)
-    for n, k in positions:
-        if algebra.is_closed(new[n][k]) != algebra.is_closed(stepped[n][k]):
-            group.gates[n][k] = new[n][k]
+    for k in nearest:
+        if total > allowed and not algebra.is_closed(new[k]):
+            total = turn(k)
+    for k in nearest:
+        if algebra.is_closed(new[k]) and not algebra.is_closed(old[k]) and turn(k) > group.budget:
+            turn(k)
+    for k in nearest:
+        if algebra.is_closed(new[k]) != algebra.is_closed(stepped[k]):
+            gate, n = owners[k]
+            gate[n] = new[k]
