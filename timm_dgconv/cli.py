@@ -23,11 +23,6 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"held-out accuracy {summary['top1']:.2f} % (reloaded: {summary['top1_reloaded']:.2f} %)")
 
 
-def _print_files(files: Sequence["File"]) -> None:
-    for file in files:
-        print(f"  {file.name:<18} {file.size:>13,} bytes  sha256 {file.sha256}")
-
-
 def _convert(args: argparse.Namespace) -> None:
     from timm_dgconv.hub.convert import convert
 
@@ -40,7 +35,7 @@ def _publish(args: argparse.Namespace) -> None:
     from timm_dgconv.hub.publish import publish
 
     files, model_name, hub_id, url = publish(
-        args.source, args.repo, args.model, private=args.private, revision=args.revision, dry_run=args.dry_run
+        args.source, args.repo, args.model, args.private, args.revision, args.dry_run
     )
     if url is None:
         print(f"{model_name} would be uploaded to {hub_id}; nothing was sent:")
@@ -48,6 +43,11 @@ def _publish(args: argparse.Namespace) -> None:
         print(f"{model_name} is on the Hub, downloaded again and compared: {url}")
     _print_files(files)
     print(f"\nload it with timm.create_model('hf-hub:{hub_id}', pretrained=True)")
+
+
+def _print_files(files: Sequence["File"]) -> None:
+    for file in files:
+        print(f"  {file.name:<18} {file.size:>13,} bytes  sha256 {file.sha256}")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -80,18 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         "train.py, validate.py and benchmark.py.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    # Options that several commands have.
-    weights = argparse.ArgumentParser(add_help=False)
+    weights = argparse.ArgumentParser(add_help=False)  # options of several commands
     weights.add_argument("--no-ema", dest="ema", action="store_false", help="ignore averaged weights in a checkpoint")
+    kwargs_help = "arguments of the model that change the network, as for timm's scripts (default: as timm stored them)"
     weights.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=ModelKwargs,
-        metavar="KEY=VALUE",
-        help="arguments of the model that change the network, as for timm's scripts "
-        "(default: the arguments that timm stored)",
+        "--model-kwargs", nargs="*", default={}, action=ModelKwargs, metavar="KEY=VALUE", help=kwargs_help
     )
 
     demo = commands.add_parser(
@@ -101,26 +94,21 @@ def _parser() -> argparse.ArgumentParser:
         "the learned groups of each layer. Write the model, reload it with timm and compare the outputs. With the "
         "defaults this takes less than five minutes on two CPU cores.",
     )
-    demo.add_argument(
-        "--model", default="g_resnext50", metavar="NAME", help="g_resnext50 (default), g_resnext101, test_g_resnext"
-    )
-    demo.add_argument("--epochs", type=int, default=5, metavar="N", help="number of epochs (default: %(default)s)")
-    demo.add_argument(
-        "--img-size", type=int, default=32, metavar="N", help="side of the images in pixels (default: %(default)s)"
-    )
-    demo.add_argument("--device", metavar="DEVICE", help="torch device (default: CUDA if available, otherwise cpu)")
-    demo.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of split, weights and order (default: %(default)s)"
-    )
-    demo.add_argument("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
-    demo.add_argument("--overwrite", action="store_true", help="replace the output of an earlier demo")
-    demo.add_argument(
+    demo.set_defaults(run=_demo)
+    add = demo.add_argument
+    add("--model", default="g_resnext50", metavar="NAME", help="a model of this package (default: %(default)s)")
+    add("--epochs", type=int, default=5, metavar="N", help="number of epochs (default: %(default)s)")
+    add("--img-size", type=int, default=32, metavar="N", help="side of the images in pixels (default: %(default)s)")
+    add("--device", help="torch device (default: CUDA if available, otherwise cpu)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of split, weights and order (default: %(default)s)")
+    add("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
+    add("--overwrite", action="store_true", help="replace the output of an earlier demo")
+    add(
         "--complexity-target",
         type=lambda text: text if text == "resnext" else float(text),
         metavar="T",
         help="largest share of a dense network's connections, or resnext for the share that a ResNeXt has",
     )
-    demo.set_defaults(run=_demo)
 
     convert = commands.add_parser(
         "convert",
@@ -129,24 +117,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Read a checkpoint without executing code in it. Write model.safetensors, config.json and a "
         "model card, reload the folder with timm and compare the outputs. timm then takes local-dir:DIR as a name.",
     )
-    convert.add_argument(
+    convert.set_defaults(run=_convert)
+    add = convert.add_argument
+    add(
         "source",
         metavar="SRC",
         help="checkpoint of the original release, of timm's train.py or of a ResNeXt, a folder that timm loads, or the "
         "Hub id of a timm model, OWNER/NAME[@REVISION]",
     )
-    convert.add_argument(
+    add(
         "--model",
         required=True,
         metavar="ARCH.TAG",
         help="name of the result: g_resnext50.dgconv_in1k for the G-ResNeXt-50 of the original release, "
         "resnext50_32x4d.dgconv_in1k for its baseline, g_resnext50.TAG or g_resnext101.TAG for your own training",
     )
-    convert.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
-    convert.add_argument(
-        "--compact", action="store_true", help="write plain group convolutions, which are smaller and faster"
-    )
-    convert.set_defaults(run=_convert)
+    add("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
+    add("--compact", action="store_true", help="write plain group convolutions, which are smaller and faster")
 
     publish = commands.add_parser(
         "publish",
@@ -154,15 +141,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Upload a converted folder to the Hugging Face Hub, download it again and compare the SHA-256 of "
         "its files. This needs a token with write access: hf auth login, or HF_TOKEN.",
     )
-    publish.add_argument(
-        "source", metavar="SRC|DIR", help="folder that convert wrote, or a source that convert takes (requires --model)"
-    )
-    publish.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository; created if it does not exist")
-    publish.add_argument("--model", metavar="ARCH.TAG", help="see convert")
-    publish.add_argument("--private", action="store_true", help="create a private repository")
-    publish.add_argument("--revision", metavar="R", help="branch; created if it does not exist (default: main)")
-    publish.add_argument("--dry-run", action="store_true", help="print what would be uploaded, and send nothing")
     publish.set_defaults(run=_publish)
+    add = publish.add_argument
+    source_help = "folder that convert wrote, or a source that convert takes (requires --model)"
+    add("source", metavar="SRC|DIR", help=source_help)
+    add("--repo", required=True, metavar="OWNER/NAME", help="repository; created if it does not exist")
+    add("--model", metavar="ARCH.TAG", help="see convert")
+    add("--private", action="store_true", help="create a private repository")
+    add("--revision", metavar="R", help="branch; created if it does not exist (default: main)")
+    add("--dry-run", action="store_true", help="print what would be uploaded, and send nothing")
 
     inspect = commands.add_parser(
         "inspect",
@@ -172,29 +159,16 @@ def _parser() -> argparse.ArgumentParser:
         "For several checkpoints, print the groups of each layer and the density over the checkpoints. No code in a "
         "checkpoint is executed.",
     )
-    inspect.add_argument(
-        "sources",
-        nargs="+",
-        metavar="CKPT",
-        help="checkpoint or folder that convert takes; checkpoints of train.py are sorted by epoch",
-    )
-    inspect.add_argument("--model", required=True, metavar="NAME", help="architecture, such as g_resnext50")
-    inspect.add_argument("--json", action="store_true", help="print JSON: a list with one object per checkpoint")
-    inspect.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the groups as .png, .svg or .pdf (extra 'plot')"
-    )
-    inspect.add_argument(
-        "--layers",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="layers in the plot, such as layer3.0.conv2 (default: the first layer of each stage for one checkpoint, "
-        "all layers for several)",
-    )
-    inspect.add_argument(
-        "--img-size", type=int, metavar="N", help="side in pixels of the image for which multiply-adds are counted"
-    )
     inspect.set_defaults(run=_inspect)
+    add = inspect.add_argument
+    sources_help = "checkpoint or folder that convert takes; checkpoints of train.py are sorted by epoch"
+    add("sources", nargs="+", metavar="CKPT", help=sources_help)
+    add("--model", required=True, metavar="NAME", help="architecture, such as g_resnext50")
+    add("--json", action="store_true", help="print JSON: a list with one object per checkpoint")
+    add("--plot", type=Path, metavar="FILE", help="draw the groups as .png, .svg or .pdf (extra 'plot')")
+    layers_help = "layers in the plot (default: the first layer of each stage for one checkpoint, all for several)"
+    add("--layers", nargs="+", default=[], metavar="NAME", help=layers_help)
+    add("--img-size", type=int, metavar="N", help="side in pixels of the image for which multiply-adds are counted")
     return parser
 
 

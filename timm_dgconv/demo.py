@@ -1,7 +1,6 @@
 """The main job on real images without a download: train on scikit-learn's digits and show the learned groups."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -24,13 +23,15 @@ from timm_dgconv.models.base_models import ARCHITECTURES
 from timm_dgconv.models.group_net import layer_groups
 from timm_dgconv.report import group_report
 
+_WEIGHTS, _SUMMARY = "model.safetensors", "summary.json"
+
 
 class _Digits(torch.utils.data.Dataset[tuple[Any, int]]):
     """A part of scikit-learn's handwritten digits (1797 scans of 8x8 pixels, ten classes) as RGB images."""
 
     def __init__(self, images: Any, labels: Any) -> None:
         self.images = [Image.fromarray((image * (255 / 16)).astype("uint8")).convert("RGB") for image in images]
-        self.labels = [int(label) for label in labels]
+        self.labels = labels.tolist()
         self.transform: Any = None  # set by timm's create_loader
 
     def __len__(self) -> int:
@@ -43,11 +44,7 @@ class _Digits(torch.utils.data.Dataset[tuple[Any, int]]):
 def load_digits(config: dict[str, Any], seed: int, device: torch.device, batch_size: int = 32) -> tuple[Any, Any]:
     """Return timm's data loaders for 1347 digits to train on and 450 held-out digits.
 
-    Args:
-        config: The result of timm.data.resolve_model_data_config.
-        seed: Seed of the split.
-        device: Device of the images.
-        batch_size: Images per batch.
+    The config is the result of timm.data.resolve_model_data_config, and the seed that of the split.
 
     Raises:
         RuntimeError: If scikit-learn is missing.
@@ -88,24 +85,18 @@ def train(
         RuntimeError: If the loss is not finite.
     """
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    warmup = dict(warmup_epochs=min(1, epochs - 1), warmup_lr=5e-5)
     scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=epochs,
-        warmup_epochs=min(1, epochs - 1),
-        warmup_lr=5e-5,
-        step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
+        optimizer, num_epochs=epochs, step_on_epochs=False, updates_per_epoch=len(train_loader), **warmup
     )
-    loss_fn = nn.CrossEntropyLoss()
     for epoch in range(epochs):
         model.train()
         meter = AverageMeter()
         bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{epochs}", unit="batch", leave=False, mininterval=1.0)
         for step, (images, labels) in enumerate(bar):
             images = images.to(device, memory_format=torch.channels_last)
-            labels = labels.to(device)
-            loss = loss_fn(model(images), labels)
-            if not math.isfinite(loss.item()):
+            loss = nn.functional.cross_entropy(model(images), labels.to(device))
+            if not loss.isfinite():
                 raise RuntimeError(f"the loss became {loss.item()} in epoch {epoch + 1}; try another --seed")
             optimizer.zero_grad()
             loss.backward()
@@ -128,18 +119,8 @@ def run(
 ) -> dict[str, Any]:
     """Train on the digits, report accuracy and learned groups, write the model, reload it and compare the outputs.
 
-    Args:
-        output: Folder to write `model.safetensors`, `config.json` and `summary.json` to.
-        model_name: A model of this package.
-        epochs: Number of epochs.
-        image_size: Side of the images in pixels.
-        device: Torch device. The default is CUDA if it is available, otherwise the CPU.
-        seed: Seed of the split, the initial weights and the order of the images.
-        overwrite: Replace the output of an earlier demo.
-        complexity_target: See `timm_dgconv.models.group_net.GroupNet`.
-
-    Returns:
-        The contents of `summary.json`.
+    The arguments are the options of ``timm-dgconv demo``. The output is a folder for `model.safetensors`, `config.json`
+    and `summary.json`, whose contents are returned.
 
     Raises:
         ValueError: If the output exists, a model or device is unknown, or a number is below one.
@@ -157,12 +138,9 @@ def run(
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     random_seed(seed)
-    model = timm.create_model(
-        model_name,
-        num_classes=10,
-        pretrained_cfg_overlay={"input_size": (3, image_size, image_size), "crop_pct": 1.0},
-        complexity_target=complexity_target,
-    ).to(torch_device, memory_format=torch.channels_last)
+    cfg = {"input_size": (3, image_size, image_size), "crop_pct": 1.0}
+    options = dict(num_classes=10, pretrained_cfg_overlay=cfg, complexity_target=complexity_target)
+    model = timm.create_model(model_name, **options).to(torch_device, memory_format=torch.channels_last)
     report = group_report(model)
     before = {layer.name: layer.groups for layer in report.layers}
     train_loader, test_loader = load_digits(resolve_model_data_config(model), seed, torch_device)
@@ -190,7 +168,7 @@ def run(
         _, expected = evaluate(model, test_loader, torch_device)
         # safetensors stores contiguous tensors only.
         save_for_hf(model.to(memory_format=torch.contiguous_format), work, safe_serialization=True)
-        reloaded = timm.create_model(model_name, num_classes=10, checkpoint_path=str(folder / "model.safetensors"))
+        reloaded = timm.create_model(model_name, num_classes=10, checkpoint_path=str(folder / _WEIGHTS))
         reloaded.to(torch_device, memory_format=torch.channels_last)
         top1_reloaded, found = evaluate(reloaded, test_loader, torch_device)
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -219,10 +197,6 @@ def run(
     return summary
 
 
-_SUMMARY = "summary.json"
-_FILES = {"model.safetensors", "config.json", _SUMMARY}
-
-
 def _check_output(output: Path, overwrite: bool) -> None:
     """Raise a ValueError if the demo may not write to a folder: it replaces only the output of a demo."""
     if not output.exists():
@@ -230,7 +204,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{output} exists; use another --output, or --overwrite to replace the output of a demo")
     names = {path.name for path in output.iterdir()} if output.is_dir() else {"a file"}
-    if names and not {_SUMMARY} <= names <= _FILES:
+    if names and not {_SUMMARY} <= names <= {_SUMMARY, _WEIGHTS, "config.json"}:
         raise ValueError(
             f"{output} is not the output of a demo, so --overwrite does not replace it; use another --output"
         )

@@ -17,15 +17,10 @@ _WIDTH = 7.2  # of a figure in inches: two columns of a paper
 _CHARACTER = 0.065  # width of a letter of a tick label in inches
 _LINE: dict[str, Any] = dict(color="black", linewidth=0.8)
 _STYLE: dict[str, Any] = {
-    "font.size": 7.5,
-    "axes.titlesize": 7.5,
+    **dict.fromkeys(("font.size", "axes.titlesize", "legend.fontsize"), 7.5),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 7),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
     "axes.labelsize": 8,
-    "axes.linewidth": 0.6,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.fontsize": 7.5,
     "pdf.fonttype": 42,  # TrueType, which publishers require
 }
 
@@ -48,14 +43,14 @@ def check(path: Path) -> None:
 def draw(what: GroupReport | GroupHistory, path: Path, layers: Sequence[str] = ()) -> None:
     """Draw the groups of a model, or the groups over several checkpoints.
 
-    For one model the figure shows the number of groups per layer, with the ResNeXt's, and the connectivity of some
-    layers. For several checkpoints it shows the number of groups per layer over the checkpoints, and the density.
+    For one model, or a history of one checkpoint, the figure shows the number of groups per layer, with the ResNeXt's,
+    and the connectivity of some layers: by default of the first layer of each stage, at most four. For several
+    checkpoints it shows the number of groups per layer over the checkpoints, by default of all layers, and the density.
 
     Args:
-        what: The report to draw. A history of one checkpoint is drawn as a model.
+        what: The report to draw.
         path: File to write, .png, .svg or .pdf; replaced if it exists.
-        layers: For a model, the layers whose connectivity is drawn; the default is the first layer of each stage, at
-            most four. For a history, the layers that are drawn; the default is all layers.
+        layers: Names of the layers to show.
 
     Raises:
         ValueError: If a layer, the suffix or the folder is unknown.
@@ -165,11 +160,9 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
         side.set_major_locator(ticker.FixedLocator([0, channels // 2, channels]))
     axis.set_xlabel("input channel")
     title = f"{layer.name}\n{layer.groups} group{'s' * (layer.groups > 1)} of {layer.channels_per_group}"
-    if out_cell == in_cell == 1:
-        axis.set_title(title)
-        return None
-    axis.set_title(f"{title}\ncells of {out_cell} x {in_cell}")
-    return image
+    is_averaged = max(out_cell, in_cell) > 1
+    axis.set_title(f"{title}\ncells of {out_cell} x {in_cell}" if is_averaged else title)
+    return image if is_averaged else None
 
 
 def _history(history: GroupHistory, names: Sequence[str]) -> Any:

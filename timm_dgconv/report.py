@@ -137,11 +137,8 @@ class GroupReport:
         result = dataclasses.asdict(self)
         for entry, layer in zip(result["layers"], self.layers, strict=True):
             entry["channels_per_group"] = layer.channels_per_group
-        return result | {
-            "complexity": self.complexity,
-            "density": self.density,
-            "resnext_density": self.resnext_density,
-        }
+        totals = ("complexity", "density", "resnext_density")
+        return result | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
         """Return a table with one row per layer, and a second table for the whole network."""
@@ -221,7 +218,7 @@ class GroupHistory:
             return str(first)
         rows = [["layer", "channels", *self.labels]]
         for layer, *later in zip(*(report.layers for report in self.reports), strict=True):
-            rows.append([layer.name, _channels(layer), *(str(each.groups) for each in (layer, *later))])
+            rows.append([layer.name, _channels(layer), str(layer.groups), *(str(other.groups) for other in later)])
         densities = ["connections, % of dense", "", *(f"{100 * report.density:.2f}" for report in self.reports)]
         return f"{first.model}, groups by {self.axis}\n\n{_align([*rows, densities])}"
 
@@ -257,12 +254,14 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
             "build a model with timm.create_model('g_resnext50'), or use timm_dgconv.groupable on yours"
         )
     size = _input_size(model, input_size)
-    counts = trace(model, size)
+    whole_macs, all_outputs = trace(model, size)
     cardinalities = _cardinalities(model)
-    layers = []
-    rest = Cost(sum(parameter.numel() for parameter in model.parameters()), counts.macs)  # of all but these layers
+    layers, rest = (
+        [],
+        Cost(sum(parameter.numel() for parameter in model.parameters()), whole_macs),
+    )  # of all but these layers
     for name, conv in convs.items():
-        outputs, fixed = counts.outputs[name], cardinalities.get(name)
+        outputs, fixed = all_outputs[name], cardinalities.get(name)
         macs = sum(output.numel() for output in outputs) * conv.weight[0].numel()
         rest += Cost(-sum(parameter.numel() for parameter in conv.parameters()), -macs)
         bits = None
@@ -330,27 +329,12 @@ def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int
     return given[0], given[1], given[2]
 
 
-@dataclass
-class Trace:
-    """What a model computes for one image.
+def trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, dict[str, list[Tensor]]]:
+    """Run a copy of a model on the meta device on an image of this size: channels, height and width.
 
-    Attributes:
-        macs: Number of multiply-adds with the stored weights.
-        activations: Number of elements of the outputs of convolutions and linear layers.
-        outputs: The outputs of these layers by name, on the meta device.
-    """
-
-    macs: int
-    activations: int
-    outputs: dict[str, list[Tensor]]
-
-
-def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
-    """Run a copy of a model on the meta device and count what it computes.
-
-    Args:
-        model: The model.
-        size: Channels, height and width of the image.
+    Returns:
+        The number of multiply-adds with the stored weights, and the outputs of convolutions and linear layers by name,
+        on the meta device.
 
     Raises:
         ValueError: If the model does not run on such an image.
@@ -364,7 +348,7 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(partial(keep, name))
-    dtype = next(parameter.dtype for parameter in net.parameters())
+    dtype = next(net.parameters()).dtype
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
@@ -375,8 +359,7 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
             f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; use an "
             "input_size=(channels, height, width) that it takes"
         ) from error
-    activations = sum(output.numel() for found in outputs.values() for output in found)
-    return Trace(counter.get_total_flops() // 2, activations, outputs)
+    return counter.get_total_flops() // 2, outputs
 
 
 def _without_data(model: nn.Module) -> nn.Module:

@@ -23,9 +23,10 @@ def fixed_groups(model: nn.Module) -> list[int]:
 
 def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
     """Return counts for one image with their units."""
-    counts = trace(model, input_size)
+    macs, outputs = trace(model, input_size)
     params = sum(parameter.numel() for parameter in model.parameters())
-    numbers = {"Params (M)": params / 1e6, "GMACs": counts.macs / 1e9, "Activations (M)": counts.activations / 1e6}
+    activations = sum(output.numel() for found in outputs.values() for output in found)
+    numbers = {"Params (M)": params / 1e6, "GMACs": macs / 1e9, "Activations (M)": activations / 1e6}
     return {name: f"{number:.1f}" for name, number in numbers.items()}
 
 
@@ -54,11 +55,12 @@ def model_card(
     # timm >= 1.0.31 always stores the pooling.
     if base is not None and set(model_kwargs or ()) <= {"groups", "sort", "global_pool"}:
         baseline = timm.create_model(base, num_classes=model.num_classes, in_chans=size[0], device="meta")
-        dense = "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
-        params, macs, activations = _stats(baseline, size).values()
-        details["Compared with"] = (
-            f"{'' if groups else dense}timm's `{base}` has {params} M parameters, {macs} GMACs, {activations} M activations"
+        counted = (
+            "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
         )
+        params, macs, activations = _stats(baseline, size).values()
+        stats = f"{params} M parameters, {macs} GMACs, {activations} M activations"
+        details["Compared with"] = f"{counted}timm's `{base}` has {stats}"
     papers = [RESNEXT_PAPER] if name == BASELINE else [_PAPER, RESNEXT_PAPER]
     details["Papers"] = [f"{title}: {id.replace('arXiv:', 'https://arxiv.org/abs/')}" for title, id in papers]
     if tag.endswith("in1k"):
@@ -93,18 +95,11 @@ def _description(name: str, groups: list[int]) -> str:
         f"A G-{network} image classification model: a {network} whose 3x3 convolutions learn how many groups they have "
         "(DGConv, dynamic grouping convolution)."
     )
-    if name == "g_resnext50.dgconv_in1k":
-        text += " Trained on ImageNet-1k by the authors of the original release."
-    elif name == "g_resnext101.dgconv_in1k":
-        text += (
-            " The original release describes this model and has no weights for it. The publisher of this repository "
-            "trained these weights."
-        )
+    if name in _TRAINED_BY:
+        text += _TRAINED_BY[name]
     elif tag.startswith(f"{family(architecture)}_") and name in get_arch_pretrained_cfgs(architecture):
-        text += (
-            f" Converted from timm's `{BASE_MODELS[architecture]}.{tag.split('_', 1)[1]}`: it computes the same. Its "
-            "groups are not learned yet."
-        )
+        source = f"{BASE_MODELS[architecture]}.{tag.split('_', 1)[1]}"
+        text += f" Converted from timm's `{source}`: it computes the same. Its groups are not learned yet."
     if groups:
         text += (
             "\n\nThis is the compact form, which computes the same with group convolutions. The numbers of groups per "
@@ -181,14 +176,16 @@ output = model(transforms(img).unsqueeze(0))  # {rest}
     return install + "\n".join(examples)
 
 
+_TRAINED_BY = {
+    "g_resnext50.dgconv_in1k": " Trained on ImageNet-1k by the authors of the original release.",
+    "g_resnext101.dgconv_in1k": " The original release describes this model and has no weights for it. The publisher of "
+    "this repository trained these weights.",
+}
 _CHECKPOINTS = {
     "g_resnext50.dgconv_in1k": "https://drive.google.com/open?id=1elM-FVacE-Pkin_hCiW24oKCogHEaYRn",
     BASELINE: "https://drive.google.com/open?id=1zVQm-aoJV6GRi-mCds7B8HVcsI8Jbjim",
 }
-_PAPER = (
-    "Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks",
-    "arXiv:1908.05867",
-)
+_PAPER = ("Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks", "arXiv:1908.05867")
 _COMPARISON = """Accuracy on ImageNet-1k in percent, from the README of the
 [original release](https://github.com/d-li14/dgconv.pytorch) (cosine schedule, 120 epochs). These are its authors'
 figures and were not measured again. There are none for a G-ResNeXt-101.

@@ -5,7 +5,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from timm_dgconv.hub.errors import hub_errors, one_line
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """Names of the files in a folder and on the Hub."""
-
 _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 
 
@@ -41,8 +41,7 @@ class TrainingInfo(NamedTuple):
 def fetch(source: str) -> Path:
     """Return the path of a checkpoint file, and download it if it is on the Hub.
 
-    Args:
-        source: A file, a folder that `convert` or timm wrote, or a Hub id ``owner/name`` or ``owner/name@revision``.
+    The source is a file, a folder that `convert` or timm wrote, or a Hub id ``owner/name`` or ``owner/name@revision``.
 
     Raises:
         ValueError: If there is no such file, or if a folder or repository has no weights.
@@ -62,21 +61,14 @@ def fetch(source: str) -> Path:
     return path / WEIGHTS
 
 
-def read_state_dict(path: Path, source: str, use_ema: bool = True) -> dict[str, Tensor]:
-    """Read the state dict of a checkpoint file.
-
-    Args:
-        path: The file.
-        source: Its name in error messages.
-        use_ema: Use the averaged weights if the checkpoint has them.
+def read_state_dict(path: Path, source: str, use_ema: bool) -> dict[str, Tensor]:
+    """Read the state dict of a checkpoint file, whose name in error messages is `source`.
 
     Raises:
         ValueError: If the file would run code, is truncated, or has no state dict, or if a gate in it is nan.
     """
     try:
-        # timm < 1.0.26 does not allow the argparse.Namespace that its train.py stores.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _safe_loading():
             state_dict: dict[str, Tensor] = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
     except Exception as error:  # torch and pickle raise almost any exception for arbitrary bytes
         raise ValueError(f"{source} {_why_unreadable(path, error)}") from error
@@ -106,10 +98,6 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
 def read_training_info(source: str, path: Path) -> TrainingInfo:
     """Read what timm stores beside the weights. Other checkpoints have nothing there.
 
-    Args:
-        source: See `fetch`.
-        path: The checkpoint file.
-
     Raises:
         ValueError: If the config.json of a folder or repository is not a model of timm.
     """
@@ -121,14 +109,20 @@ def read_training_info(source: str, path: Path) -> TrainingInfo:
             raise ValueError(
                 f"{source} has a {CONFIG} that timm cannot read: {one_line(error)}; use its {WEIGHTS} alone"
             ) from error
-    if path.suffix != ".safetensors":
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(), suppress(Exception):
-            warnings.simplefilter("ignore")
-            # mmap does not read the tensors. Files from before torch 1.6 are not zip archives and cannot be mapped.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            epoch, args = checkpoint.get("epoch"), vars(checkpoint.get("args", argparse.Namespace()))
-            model_kwargs = dict(args.get("model_kwargs") or {})
-            if args.get("gp") is not None:
-                model_kwargs.setdefault("global_pool", args["gp"])
-            return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs, args)
+    with _safe_loading(), suppress(Exception):
+        # mmap does not read the tensors. Files from before torch 1.6 are not zip archives and cannot be mapped.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        epoch, args = checkpoint.get("epoch"), vars(checkpoint.get("args", argparse.Namespace()))
+        model_kwargs = dict(args.get("model_kwargs") or {})
+        if args.get("gp") is not None:
+            model_kwargs.setdefault("global_pool", args["gp"])
+        return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs, args)
     return TrainingInfo(None, {}, {})
+
+
+@contextmanager
+def _safe_loading() -> Iterator[None]:
+    """Allow the argparse.Namespace that timm's train.py stores, which timm < 1.0.26 does not, and ignore warnings."""
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

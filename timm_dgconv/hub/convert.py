@@ -34,13 +34,6 @@ class File(NamedTuple):
     sha256: str
 
 
-class Converted(NamedTuple):
-    """The files that `convert` wrote, and the largest difference between the outputs of reloaded model and source."""
-
-    files: list[File]
-    difference: float
-
-
 def convert(
     source: str,
     model_name: str,
@@ -48,17 +41,11 @@ def convert(
     compact: bool = False,
     use_ema: bool = True,
     model_kwargs: Mapping[str, Any] | None = None,
-) -> Converted:
+) -> tuple[list[File], float]:
     """Convert a checkpoint into a folder that timm loads with ``create_model("local-dir:...")``, and verify it.
 
-    Args:
-        source: A checkpoint file, a folder that timm loads, or the Hub id of a timm model, ``owner/name`` or
-            ``owner/name@revision``. No code in it is executed.
-        model_name: Architecture and tag of the result, such as ``g_resnext50.dgconv_in1k``.
-        output: Folder to write. It appears when everything in it is verified.
-        compact: Write the compact form, see `timm_dgconv.compact`.
-        use_ema: Use the averaged weights if the checkpoint has them.
-        model_kwargs: Arguments of the model that change the network. They override the arguments that timm stored.
+    The arguments are those of ``timm-dgconv convert``. No code in the source is executed. The output appears when
+    everything in it is verified.
 
     Returns:
         The files, and the largest difference between the outputs of the reloaded model and those of the source.
@@ -91,15 +78,13 @@ def convert(
             raise RuntimeError(f"the outputs of the reloaded model differ by {difference:.1e} from those of {source}")
         files = list_files(folder)
         folder.rename(output)
-    return Converted(files, difference)
+    return files, difference
 
 
 def describe(model_name: str, folder: Path) -> None:
-    """Write config.json and model card of a model without weights. ``hub_configs/`` is written with this function.
+    """Write config.json and model card of a model without weights, such as ``g_resnext50.dgconv_in1k``.
 
-    Args:
-        model_name: Architecture and tag, such as ``g_resnext50.dgconv_in1k``.
-        folder: Folder to write to; created if it does not exist.
+    ``hub_configs/`` is written with this function. The folder is created if it does not exist.
 
     Raises:
         ValueError: If the model is unknown.
@@ -123,11 +108,8 @@ def reload(folder: Path) -> nn.Module:
 
 def list_files(folder: Path) -> list[File]:
     """Return the files of a converted folder."""
-    return [
-        File(path.name, path.stat().st_size, sha256(path))
-        for path in (folder / CONFIG, folder / WEIGHTS, folder / CARD, folder / FIGURE)
-        if path.is_file()
-    ]
+    paths = [path for name in (CONFIG, WEIGHTS, CARD, FIGURE) if (path := folder / name).is_file()]
+    return [File(path.name, path.stat().st_size, sha256(path)) for path in paths]
 
 
 def sha256(path: Path) -> str:
@@ -146,25 +128,25 @@ def _outputs(model: nn.Module) -> Tensor:
 
 def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | None = None) -> None:
     """Write config.json, and a model card with the groups if the model has values."""
+    args = {name: value for name, value in (model_kwargs or {}).items() if name != "sort"}
     stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    args = dict(model_kwargs or {})
     if stem.in_channels != 3:
         args["in_chans"] = stem.in_channels
-    groups = card.fixed_groups(model)
-    args.pop("sort", None)
-    if groups:
+    layers = group_layers(model).values()
+    if groups := card.fixed_groups(model):
         args["groups"] = groups
-    elif not all(getattr(layer, "sort", True) for layer in group_layers(model).values()):
+    elif not all(getattr(layer, "sort", True) for layer in layers):
         args["sort"] = False  # loaders that go by names need a model with these names
-    _compat.save_config_for_hf(model, folder / CONFIG, model_args=args or None)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    path = folder / CONFIG
+    _compat.save_config_for_hf(model, path, model_args=args or None)
+    config = json.loads(path.read_text(encoding="utf-8"))
     # timm >= 1.0.31 stores the number of classes twice, and transformers fails if it is in `model_args`.
     config.get("model_args", {}).pop("num_classes", None)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    report = None
-    if any(not layer.weight.is_meta for layer in group_layers(model).values()):
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    report = figure = None
+    if any(not layer.weight.is_meta for layer in layers):
         report = group_report(model)
         if find_spec("matplotlib"):  # the extra `plot`
-            plots.draw(report, folder / FIGURE)
-    figure = FIGURE if (folder / FIGURE).exists() else None
+            figure = FIGURE
+            plots.draw(report, folder / figure)
     (folder / CARD).write_text(card.model_card(model, report, figure, model_kwargs), encoding="utf-8")

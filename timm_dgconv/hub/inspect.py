@@ -20,16 +20,7 @@ def inspect(
 ) -> GroupHistory:
     """Report the groups in the checkpoints of one run. No code in them is executed.
 
-    Args:
-        sources: Checkpoints that `convert` takes. If all of them have an epoch, they are sorted by it.
-        model_name: Architecture with or without a tag, such as ``g_resnext50``.
-        use_ema: Use the averaged weights if a checkpoint has them.
-        image_size: Side in pixels of the image for which multiply-adds are counted. The default is the model's.
-        layers: Names of layers that must exist.
-        model_kwargs: Arguments of the model that change the network. They override the arguments that timm stored.
-
-    Returns:
-        One report per checkpoint.
+    The arguments are those of ``timm-dgconv inspect``. Checkpoints that all have an epoch are sorted by it.
 
     Raises:
         ValueError: If a model or layer is unknown, a source is not a checkpoint of the model, or the checkpoints are of
@@ -43,14 +34,14 @@ def inspect(
         raise ValueError(f"image size must be at least 1, got {image_size}")
     default_tag = timm.get_pretrained_cfg(architecture).tag
     _, cfg = resolve(model_name if "." in model_name else f"{architecture}.{default_tag}")
-    reports = []
+    entries = []
     for source in sources:
         checkpoint = Checkpoint(source, architecture, cfg, use_ema, model_kwargs)
         model = checkpoint.load_groups()
         in_chans, height, width = timm.data.resolve_model_data_config(model)["input_size"]
         report = group_report(model, (in_chans, image_size or height, image_size or width))
         report.select(layers)
-        reports.append((report, source, checkpoint.epoch))
-    if all(epoch is not None for *_, epoch in reports):  # a shell sorts checkpoint-10 before checkpoint-2
-        reports.sort(key=lambda entry: entry[2] or 0)
-    return GroupHistory(*zip(*reports, strict=True))
+        entries.append((report, source, checkpoint.epoch))
+    if all(epoch is not None for *_, epoch in entries):  # a shell sorts checkpoint-10 before checkpoint-2
+        entries.sort(key=lambda entry: entry[2] or 0)
+    return GroupHistory(*zip(*entries, strict=True))

@@ -31,13 +31,9 @@ def resolve(model_name: str) -> tuple[str, Any]:
     """
     architecture, _, tag = model_name.partition(".")
     if model_name == BASELINE:
-        cfg = dataclasses.replace(
-            timm.get_pretrained_cfg("g_resnext50.dgconv_in1k"),
-            architecture=architecture,
-            hf_hub_id=None,
-            paper_name=RESNEXT_PAPER[0],
-            paper_ids=RESNEXT_PAPER[1],
-        )
+        title, paper = RESNEXT_PAPER
+        own: dict[str, Any] = dict(architecture=architecture, hf_hub_id=None, paper_name=title, paper_ids=paper)
+        cfg = dataclasses.replace(timm.get_pretrained_cfg("g_resnext50.dgconv_in1k"), **own)
     elif architecture not in ARCHITECTURES or not re.fullmatch(r"[\w-]+", tag, re.ASCII):
         raise ValueError(f"unknown model {model_name!r}; use {'.TAG, '.join(ARCHITECTURES)}.TAG or {BASELINE}")
     elif model_name in get_arch_pretrained_cfgs(architecture):
@@ -80,12 +76,8 @@ def _with_data_args(cfg: Any, args: dict[str, Any]) -> Any:
 class Checkpoint:
     """A checkpoint file and the arguments of its model.
 
-    Args:
-        source: See `fetch`.
-        architecture: Name of the architecture.
-        cfg: Its pretrained_cfg.
-        use_ema: Use the averaged weights if the checkpoint has them.
-        model_kwargs: Arguments of the model that change the network. They override the arguments in the checkpoint.
+    The source is as `fetch` takes it, and `cfg` is the pretrained_cfg of the architecture. `model_kwargs` override the
+    arguments in the checkpoint.
 
     Raises:
         ValueError: If the source is not a checkpoint.
@@ -93,12 +85,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self,
-        source: str,
-        architecture: str,
-        cfg: Any,
-        use_ema: bool = True,
-        model_kwargs: Mapping[str, Any] | None = None,
+        self, source: str, architecture: str, cfg: Any, use_ema: bool, model_kwargs: Mapping[str, Any] | None
     ) -> None:
         self.source, self.architecture = source, architecture
         path = fetch(source)
@@ -128,37 +115,6 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             model = self._create()
-        self._fill(model)
-        return model
-
-    def load_groups(self) -> nn.Module:
-        """Return the model, with plain group convolutions if the checkpoint has no gates.
-
-        Raises:
-            ValueError: If the weights belong to another network.
-        """
-        model = self.load()
-        self._use_group_convs(model)
-        return model
-
-    def _use_group_convs(self, model: nn.Module) -> None:
-        """Replace each DGConv2d for which the checkpoint has a group convolution."""
-        for name, conv in list(model.named_modules()):
-            weight = self.state_dict.get(f"{name}.weight")
-            has_gates = any(f"{name}.{gate}" in self.state_dict for gate in ("gate", *GATE_NAMES.values()))
-            if isinstance(conv, DGConv2d) and not has_gates and weight is not None:
-                conv.to_group_conv_(conv.in_channels // weight.shape[1])
-
-    def _create(self) -> nn.Module:
-        """Create the model. The weights determine the number of classes and of input channels."""
-        head = self.state_dict.get(f"{self.cfg.classifier}.weight")
-        first = self.cfg.first_conv.removesuffix(".0")  # timm names the first of three convolutions conv1.0
-        stem = self.state_dict.get(f"{first}.weight", self.state_dict.get(f"{first}.0.weight"))
-        num_classes = self.cfg.num_classes if head is None or head.ndim != 2 else len(head)
-        in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
-        return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)
-
-    def _fill(self, model: nn.Module) -> None:
         try:
             missing, unexpected = model.load_state_dict(self.state_dict, strict=False)
             problems = [f"it has no {name}" for name in missing]
@@ -171,3 +127,23 @@ class Checkpoint:
                 f"{self.source} is a checkpoint of another network than {self.architecture}: "
                 f"{one_line(problems[0])}{more}; use the --model and --model-kwargs of its training"
             )
+        return model
+
+    def load_groups(self) -> nn.Module:
+        """Return the model, with plain group convolutions where the checkpoint has them; raises as `load` does."""
+        model = self.load()
+        for name, conv in list(model.named_modules()):
+            weight = self.state_dict.get(f"{name}.weight")
+            has_gates = any(f"{name}.{gate}" in self.state_dict for gate in ("gate", *GATE_NAMES.values()))
+            if isinstance(conv, DGConv2d) and not has_gates and weight is not None:
+                conv.to_group_conv_(conv.in_channels // weight.shape[1])
+        return model
+
+    def _create(self) -> nn.Module:
+        """Create the model. The weights determine the number of classes and of input channels."""
+        head = self.state_dict.get(f"{self.cfg.classifier}.weight")
+        first = self.cfg.first_conv.removesuffix(".0")  # timm names the first of three convolutions conv1.0
+        stem = self.state_dict.get(f"{first}.weight", self.state_dict.get(f"{first}.0.weight"))
+        num_classes = self.cfg.num_classes if head is None or head.ndim != 2 else len(head)
+        in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
+        return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)

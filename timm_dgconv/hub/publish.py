@@ -3,7 +3,6 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
@@ -14,15 +13,6 @@ from timm_dgconv.hub.convert import File, convert, list_files, reload, sha256
 from timm_dgconv.hub.errors import hub_errors, one_line
 
 
-class Published(NamedTuple):
-    """The files that `publish` uploaded, the model name, the Hub id, and the address, None for a dry run."""
-
-    files: list[File]
-    model_name: str
-    hub_id: str
-    url: str | None
-
-
 def publish(
     source: str,
     repo_id: str,
@@ -30,19 +20,13 @@ def publish(
     private: bool = False,
     revision: str | None = None,
     dry_run: bool = False,
-) -> Published:
+) -> tuple[list[File], str, str, str | None]:
     """Upload a converted folder to the Hub, download it again and compare the SHA-256 of the files.
 
-    Args:
-        source: A folder that `convert` wrote, or a source that `convert` takes.
-        repo_id: Repository ``owner/name``; created if it does not exist.
-        model_name: Architecture and tag. Required if `source` is not a folder.
-        private: Create a private repository.
-        revision: Branch to upload to; created if it does not exist. The default is main.
-        dry_run: Prepare everything and upload nothing.
+    The arguments are those of ``timm-dgconv publish``. A dry run prepares everything and uploads nothing.
 
     Returns:
-        The uploaded files and where they are.
+        The files, the name of the model, the Hub id, and the address, which is None for a dry run.
 
     Raises:
         ValueError: If the source cannot be converted, the folder cannot be loaded, or the repository name is not valid.
@@ -57,6 +41,8 @@ def publish(
     if not dry_run:
         with hub_errors():
             api.whoami()  # fail before the conversion if there is no token or no connection
+    branch = None if revision == "main" else revision
+    hub_id = repo_id if branch is None else f"{repo_id}@{branch}"
     with tempfile.TemporaryDirectory() as work:
         folder = Path(source)
         if folder.is_dir():
@@ -66,9 +52,8 @@ def publish(
             folder = Path(work, "converted")
             convert(source, model_name, folder)
         files = list_files(folder)
-        hub_id = repo_id if revision in (None, "main") else f"{repo_id}@{revision}"
         if dry_run:
-            return Published(files, model_name, hub_id, None)
+            return files, model_name, hub_id, None
         with hub_errors():
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             is_private = api.model_info(repo_id).private
@@ -78,26 +63,22 @@ def publish(
                 "--repo, or leave out --private"
             )
         with hub_errors():
-            if revision not in (None, "main"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            if branch is not None:
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            names = [file.name for file in files]
+            message = f"{model_name}, with timm-dgconv {__version__}"
             commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                allow_patterns=[file.name for file in files],
-                commit_message=f"{model_name}, with timm-dgconv {__version__}",
+                repo_id=repo_id, folder_path=folder, revision=branch, allow_patterns=names, commit_message=message
             )
             cache = Path(work, "cache")
-            downloads = {
-                file: hf_hub_download(repo_id, file.name, revision=commit.oid, cache_dir=cache) for file in files
-            }
-        for file, path in downloads.items():
-            if (digest := sha256(Path(path))) != file.sha256:
+            copies = [hf_hub_download(repo_id, name, revision=commit.oid, cache_dir=cache) for name in names]
+        for file, copy in zip(files, copies, strict=True):
+            if (digest := sha256(Path(copy))) != file.sha256:
                 raise RuntimeError(
                     f"the Hub returns another {file.name} than was uploaded to {repo_id}: sha256 {digest} instead of "
                     f"{file.sha256}; delete the file there and publish again"
                 )
-    return Published(files, model_name, hub_id, str(url))
+    return files, model_name, hub_id, str(url)
 
 
 def _check_folder(folder: Path, model_name: str | None) -> str:

@@ -26,6 +26,9 @@ It is the smallest tested distance at which fine-tuning flips no gate in the fir
 the initial distance of 1e-8 the first step flips half of the gates (benchmarks/results/gate_margin.md).
 """
 
+INITIAL_GATE = 1e-8
+"""Distance from zero of new gates, as in the original release. The first step can flip any gate."""
+
 GATE_NAMES = {True: "sorted_gate", False: "unsorted_gate"}
 """Whether the groups are contiguous -> name of the parameter."""
 
@@ -62,9 +65,10 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, strict
         layer.set_sort(sort)
     weight = state_dict.get(f"{prefix}weight")
     if not found and isinstance(weight, Tensor):
-        # The weight of a DGConv2d has the shape of a convolution with one group. So it is one only in a complete state
-        # dict. Frozen gates are not part of a state dict of the parameters that learn.
-        if weight.shape == layer.weight.shape and not (strict and layer.gate.requires_grad):
+        # The weight of a DGConv2d has the shape of a convolution with one group. It is not one in a part of a state dict:
+        # a shard, or the parameters that learn, without frozen gates. Initial gates have nothing to lose.
+        is_complete = strict or layer.gate.is_meta or bool((layer.gate.abs() <= INITIAL_GATE).all())
+        if weight.shape == layer.weight.shape and not (is_complete and layer.gate.requires_grad):
             return
         state_dict[f"{prefix}weight"], gate = from_conv(layer, weight)
         state_dict[f"{prefix}{GATE_NAMES[layer.sort]}"] = gate

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.common_types import _size_2_t
 
 from timm_dgconv.layers import gate_reader
-from timm_dgconv.layers.checkpoints import GATE_NAMES, contiguous_gates, remap_state_dict
+from timm_dgconv.layers.checkpoints import GATE_NAMES, INITIAL_GATE, contiguous_gates, remap_state_dict
 from timm_dgconv.ops import algebra, autograd
 from timm_dgconv.ops.grouped import diagonal_blocks
 from timm_dgconv.ops.naive import connectivity, masked_conv2d
@@ -142,7 +142,7 @@ class DGConv2d(nn.Conv2d):
             ValueError: If the layer cannot have this number of groups.
         """
         if groups is None:
-            self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -1e-8, 1e-8))
+            self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -INITIAL_GATE, INITIAL_GATE))
         elif groups in [1 << closed for closed in range(self.gate.numel() + 1)]:
             self.gate.copy_(contiguous_gates(groups, self.gate))
         else:

@@ -216,7 +216,7 @@ def _masked_gradients(
         input, weight, bias, gate = tensors
         bias = None if bias is None else bias.to(input.dtype)
         read = _on_host(values).to(gate.device)
-        output = masked_conv2d(input, weight, bias, gate, *options, read, input.dtype)
+        output = masked_conv2d(input, weight, bias, gate, *options, read, input.dtype)  # type: ignore[call-arg]
         wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
     return [next(grads) if needed else None for needed in needs]

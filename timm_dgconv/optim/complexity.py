@@ -10,8 +10,6 @@ def complexity(model: nn.Module) -> Tensor:
     """Return the number of connected channel pairs, summed over the DGConv2d layers of a model.
 
     This is the sum of the "U regularizers" that the original release returns with the logits, and zeta in the paper.
-    To learn sparser groups, minimise `constrained_loss`, or use ``create_model(..., complexity_target=...)`` if the
-    training loop cannot be changed.
 
     Args:
         model: A model with at least one DGConv2d.
@@ -33,8 +31,8 @@ def constrained_loss(loss: Tensor, model: nn.Module, target: float, exponent: fl
     """Return the objective of the paper, ``loss * (o / zeta) ** a`` (equation 9).
 
     Here zeta is `complexity`, and o is the number of connections at the target. The exponent a is 0 if zeta is at most
-    o, and ``-exponent`` otherwise (equation 10). The paper also demands that zeta is at most o in the end. To hold a
-    target, use ``create_model(..., complexity_target=...)``.
+    o, and ``-exponent`` otherwise (equation 10). The paper also demands that zeta is at most o in the end: use
+    ``create_model(..., complexity_target=...)`` to hold a target.
 
     Args:
         loss: Loss of the task, a scalar above 0.

@@ -1,14 +1,9 @@
 """Steer the groups in an unchanged training loop: every optimizer step acts on the gates, too.
 
-Global hooks on `torch.optim.Optimizer.step` do two things.
-
-Before a step they add the gradient of ``weight * log(complexity)`` to the gradients of the gates. The loop has
-accumulated, averaged, unscaled and clipped the gradients by then. So the term is added once per step, unscaled and
-unclipped.
-
-After a step they take back what the gates must not do: leave their bound, exceed the target, or move at all.
-
-The hooks are registered when the first model is steered.
+Before a step, global hooks on `torch.optim.Optimizer.step` add the gradient of ``weight * log(complexity)`` to the
+gradients of the gates. The loop has accumulated, averaged, unscaled and clipped the gradients by then. So the term is
+added once per step, unscaled and unclipped. After a step they take back what the gates must not do: leave their bound,
+exceed the target, or move at all.
 """
 
 import functools
@@ -22,11 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
@@ -38,13 +30,7 @@ DEFAULT_WEIGHT = 0.1
 
 
 class Steering:
-    """What steers the gates. The layers of one model share one object.
-
-    Args:
-        weight: Factor of the gradient of the logarithm of the complexity, at least 0.
-        target: Largest density, in (0, 1], or None.
-        bound: Largest distance of a gate from zero, above 0, or None.
-        steps: Number of optimizer steps after which the gates stand still, or None.
+    """What steers the gates, with the arguments of `steer`. The layers of one model share one object.
 
     Raises:
         TypeError: If a value is not a number.
@@ -53,8 +39,8 @@ class Steering:
 
     def __init__(self, weight: float, target: float | None, bound: float | None, steps: int | None) -> None:
         self.weight, self.target, self.bound, self.steps = weight, target, bound, steps
-        names = {"complexity_weight": weight, "complexity_target": target, "gate_bound": bound, "gate_steps": steps}
-        for name, value in names.items():
+        given = {"complexity_weight": weight, "complexity_target": target, "gate_bound": bound, "gate_steps": steps}
+        for name, value in given.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"{name}={value!r} must be a number")
             if value is not None and not 0 <= value < math.inf:
@@ -90,7 +76,7 @@ class _Steered:
 
 
 _steered: MutableSet[_Steered] = weakref.WeakSet()
-_lock = threading.Lock()
+_lock = threading.Lock()  # of _steered
 _before: MutableMapping[Optimizer, dict[Steering, Tensor]] = weakref.WeakKeyDictionary()
 """The gates before the running step of an optimizer. Steps can be nested."""
 _steps: MutableMapping[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -260,15 +246,10 @@ def _has_term(gate: Tensor) -> bool:
 
 @torch.no_grad()
 def _add_term(group: _Group, gates: Sequence[Tensor], grad_scale: Tensor | None) -> None:
-    """Add the term to the gradients of gates, in few operations for all layers.
+    """Add the term to the gradients of some gate parameters, in few operations for all layers.
 
     The derivative of a layer's complexity, ``size * 2^(-number of closed gates)``, is the complexity times ln(2) for
-    each of its gates that learns.
-
-    Args:
-        group: The model.
-        gates: Gate parameters of the model.
-        grad_scale: Factor of the gradients, if a fused optimizer unscales them itself.
+    each of its gates that learns. A fused optimizer unscales the gradients itself: it has a `grad_scale`.
     """
     flat = group.flat()
     index, sizes, nested = _layout(group.places, group.sizes, group.nested, flat.device)
@@ -340,11 +321,8 @@ def _hold_target(group: _Group, before: Tensor) -> None:
     """Close gates until the network is within its target, and open gates that need not have closed.
 
     Open gates compete for the target by their distance from zero, as the scores of movement pruning do
-    (https://arxiv.org/abs/2005.07683). A gate that is turned keeps its distance from zero.
-
-    Args:
-        group: The model after a step of the optimizer.
-        before: All gates before the step.
+    (https://arxiv.org/abs/2005.07683). A gate that is turned keeps its distance from zero. `before` has all gates before
+    the step.
     """
     old, stepped = torch.stack([before, group.flat()]).tolist()  # one transfer
     new = list(stepped)
