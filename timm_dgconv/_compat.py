@@ -61,11 +61,6 @@ def foreach_add_(tensors: list[Tensor], others: list[Tensor]) -> None:
     torch._foreach_add_(tensors, others)
 
 
-def is_replica(module: nn.Module) -> bool:
-    """Return whether DataParallel has made this module for one forward pass."""
-    return getattr(module, "_is_replica", False)
-
-
 def flat_parameter_modules(parameter: Tensor) -> set[nn.Module]:
     """Return the modules whose parameters FullyShardedDataParallel has flattened into this one; usually none."""
     return {info.module for info in getattr(parameter, "_param_infos", ())}

@@ -74,9 +74,10 @@ def _model(report: GroupReport, names: Sequence[str]) -> Any:
 
     shown = report.select(names)
     if not shown:
-        stages = {layer.stage or layer.name: layer for layer in reversed(report.layers)}
-        shown = [*reversed(stages.values())] if len(stages) > 1 else [*report.layers]
-        shown = shown[:4]
+        stages: dict[str, LayerReport] = {}
+        for layer in report.layers:
+            stages.setdefault(layer.stage or layer.name, layer)
+        shown = list(stages.values() if len(stages) > 1 else report.layers)[:4]
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(_WIDTH, 2.6 + 2.15 * rows), layout="constrained")
     panels: Any = figure.subfigures(2, 1, height_ratios=[2.6, 2.15 * rows])
@@ -121,8 +122,8 @@ def _depth(axis: Any, report: GroupReport) -> None:
         for start, end in stages:
             if start:
                 axis.axvline(start - 0.5, color="0.8", linewidth=0.6, zorder=0)
-            middle, over = ((start + end) / 2 - 0.5, 1), dict(xycoords=("data", "axes fraction"), xytext=(0, 3))
-            axis.annotate(layers[start].stage, middle, ha="center", textcoords="offset points", **over)
+            over = dict(xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points")
+            axis.annotate(layers[start].stage, ((start + end) / 2 - 0.5, 1), ha="center", **over)
         names = [layer.name.split(".")[-2] for layer in layers]
         axis.set_xlabel("block")
     else:

@@ -256,10 +256,8 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
     size = _input_size(model, input_size)
     whole_macs, all_outputs = trace(model, size)
     cardinalities = _cardinalities(model)
-    layers, rest = (
-        [],
-        Cost(sum(parameter.numel() for parameter in model.parameters()), whole_macs),
-    )  # of all but these layers
+    layers = []
+    rest = Cost(sum(parameter.numel() for parameter in model.parameters()), whole_macs)  # of all but these layers
     for name, conv in convs.items():
         outputs, fixed = all_outputs[name], cardinalities.get(name)
         macs = sum(output.numel() for output in outputs) * conv.weight[0].numel()

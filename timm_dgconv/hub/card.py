@@ -55,9 +55,7 @@ def model_card(
     # timm >= 1.0.31 always stores the pooling.
     if base is not None and set(model_kwargs or ()) <= {"groups", "sort", "global_pool"}:
         baseline = timm.create_model(base, num_classes=model.num_classes, in_chans=size[0], device="meta")
-        counted = (
-            "" if groups else "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
-        )
+        counted = "" if groups else _COUNTED_DENSE
         params, macs, activations = _stats(baseline, size).values()
         stats = f"{params} M parameters, {macs} GMACs, {activations} M activations"
         details["Compared with"] = f"{counted}timm's `{base}` has {stats}"
@@ -163,14 +161,11 @@ output = model(transforms(img).unsqueeze(0))  # {rest}
 ```
 """
 
+    embeddings = "\n    num_classes=0,  # remove classifier nn.Linear"
     examples = [
         example("Image Classification", "", _CLASSES),
         example("Feature Map Extraction", "\n    features_only=True,", _FEATURE_MAPS.format(feature_maps)),
-        example(
-            "Image Embeddings",
-            "\n    num_classes=0,  # remove classifier nn.Linear",
-            _EMBEDDINGS.format(f"(1, {shapes[-1]})"),
-        ),
+        example("Image Embeddings", embeddings, _EMBEDDINGS.format(f"(1, {shapes[-1]})")),
     ]
     install = "" if name == BASELINE else "```bash\npip install timm-dgconv  # timm then knows the model\n```\n\n"
     return install + "\n".join(examples)
@@ -178,14 +173,15 @@ output = model(transforms(img).unsqueeze(0))  # {rest}
 
 _TRAINED_BY = {
     "g_resnext50.dgconv_in1k": " Trained on ImageNet-1k by the authors of the original release.",
-    "g_resnext101.dgconv_in1k": " The original release describes this model and has no weights for it. The publisher of "
-    "this repository trained these weights.",
+    "g_resnext101.dgconv_in1k": " The original release describes this model and has no weights for it. The publisher "
+    "of this repository trained these weights.",
 }
 _CHECKPOINTS = {
     "g_resnext50.dgconv_in1k": "https://drive.google.com/open?id=1elM-FVacE-Pkin_hCiW24oKCogHEaYRn",
     BASELINE: "https://drive.google.com/open?id=1zVQm-aoJV6GRi-mCds7B8HVcsI8Jbjim",
 }
 _PAPER = ("Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks", "arXiv:1908.05867")
+_COUNTED_DENSE = "a DGConv is counted dense, as it is stored; it is computed as a group convolution; "
 _COMPARISON = """Accuracy on ImageNet-1k in percent, from the README of the
 [original release](https://github.com/d-li14/dgconv.pytorch) (cosine schedule, 120 epochs). These are its authors'
 figures and were not measured again. There are none for a G-ResNeXt-101.

@@ -102,8 +102,8 @@ class Checkpoint:
                 "have; use the checkpoint that it was made from"
             )
         if self.model_kwargs.get("sort") is True:  # timm-dgconv 0.2 had one name for both readings of gates
-            names = {name: re.sub(r"(^|\.)gate$", r"\1sorted_gate", name) for name in self.state_dict}
-            self.state_dict = {names[name]: value for name, value in self.state_dict.items()}
+            gates = re.compile(r"(^|\.)gate$")
+            self.state_dict = {gates.sub(r"\1sorted_gate", name): value for name, value in self.state_dict.items()}
 
     def load(self) -> nn.Module:
         """Return the model with the weights of the checkpoint.

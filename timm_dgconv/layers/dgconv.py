@@ -298,9 +298,13 @@ class DGConv2d(nn.Conv2d):
             gate = self.sorted_gate
         else:
             gate = self.unsorted_gate
+        weight = self.weight
+        if torch.jit.is_scripting() and not torch.is_grad_enabled():  # type: ignore[attr-defined]
+            # TorchScript saves what parameters compute for backward, in inference mode, too, where torch refuses it.
+            weight, gate = weight.detach(), gate.detach()
         return masked_conv2d(
             x,
-            self.weight,
+            weight,
             self.bias,
             gate,  # type: ignore[arg-type]
             [self.stride[0], self.stride[1]],

@@ -321,8 +321,11 @@ def _hold_target(group: _Group, before: Tensor) -> None:
     """Close gates until the network is within its target, and open gates that need not have closed.
 
     Open gates compete for the target by their distance from zero, as the scores of movement pruning do
-    (https://arxiv.org/abs/2005.07683). A gate that is turned keeps its distance from zero. `before` has all gates before
-    the step.
+    (https://arxiv.org/abs/2005.07683). A gate that is turned keeps its distance from zero.
+
+    Args:
+        group: The model after a step of the optimizer.
+        before: All gates before the step.
     """
     old, stepped = torch.stack([before, group.flat()]).tolist()  # one transfer
     new = list(stepped)
