@@ -22,7 +22,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from timm_dgconv import DGConv2d
-from timm_dgconv.layers import dgconv
+from timm_dgconv.layers import checkpoints
 
 MODEL: dict[str, Any] = dict(
     layers=(1, 1, 1, 1), cardinality=8, base_width=8, channels=(64, 64, 128, 128), num_classes=10
@@ -78,7 +78,7 @@ def fine_tune(
     resnext: nn.Module, margin: float, optimizer_args: dict[str, Any], data: Data, held_out: Data
 ) -> bench.Row:
     """Load the ResNeXt with gates at this distance from zero, and fine-tune."""
-    dgconv.PRETRAINED_GATE = margin
+    checkpoints.PRETRAINED_GATE = margin
     model = timm.create_model("test_g_resnext", **MODEL)
     model.load_state_dict(resnext.state_dict())
     start = signs(model)

@@ -1,8 +1,10 @@
 """Check and measure what needs a GPU, in stages.
 
     python benchmarks/gpu.py                               # all stages, each below ten minutes
-    python benchmarks/gpu.py sweep networks --out results
+    python benchmarks/gpu.py networks profile --out results
     python benchmarks/gpu.py --dry-run                     # the same code, tiny and on the CPU
+
+`python benchmarks/bench.py layers --device cuda --dtype bfloat16` measures single layers.
 
 Each stage runs in its own process with a time limit, so a crash or a hang costs one stage. The folder of the results
 gets STAGE.json, written after every row, and STAGE.log, the output of the process. summary.md has the tables of all
@@ -15,7 +17,6 @@ import argparse
 import gc
 import itertools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -25,35 +26,26 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from bench import BASELINES, Row, build, set_groups, table, versions
+from bench import BASELINES, Row, build, table, versions
 from PIL import Image
-from timm_dgconv.layers.dgconv_op import dgconv2d
-from timm_dgconv.layers.spans import Spans, choose_spans, lowest
 from torch import Tensor, nn
 
 from timm_dgconv import DGConv2d
-from timm_dgconv.layers import gate_cache, spans
+from timm_dgconv.layers import gate_reader
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIMITS = {"tests": 420, "gates": 580, "sweep": 580, "networks": 580, "profile": 580, "scripts": 580}
+LIMITS = {"tests": 420, "gates": 580, "networks": 580, "profile": 580, "scripts": 580}
 """Seconds after which a stage is stopped."""
 
 GROUPS = 32
 GATE_STEPS = 40
-LAYERS = [
-    *[(256, 128, 56), (256, 256, 28), (256, 512, 14), (256, 1024, 7)],  # g_resnext50
-    *[(128, 256, 56), (128, 512, 28), (128, 1024, 14), (128, 2048, 7)],  # g_resnext101
-]
-"""Batch size, channels and side of the features of the layers in the sweep."""
-
-WIDTHS = [1 << n for n in range(12)]
-"""Widths that the static choice of spans may have. With width 1 a span has the open bits only."""
+WARM_UP = 3
+"""Calls before a measurement. cuDNN measures its algorithms in these calls, and torch.compile compiles."""
 
 NETWORKS = {"g_resnext50": 256, "g_resnext101": 128}
 """Batch size of the G-ResNeXts."""
@@ -61,15 +53,8 @@ NETWORKS = {"g_resnext50": 256, "g_resnext101": 128}
 OTHERS = {"g_resnext50": ("wide_resnet50_2", "resnext101_32x4d")}
 """Networks to measure besides the baseline."""
 
-FORMS = {
-    "learnable, static spans": ("learnable", False, False),
-    "learnable, tuned spans": ("learnable", True, False),
-    "learnable, tuned spans, permuted": ("learnable", True, True),
-    "frozen": ("frozen", True, False),
-    "masked dense": ("masked dense", True, False),
-    "deployed": ("deployed", True, False),
-}
-"""Forms of a G-ResNeXt: the form in `bench.FORMS`, whether spans are tuned, and whether groups are permuted."""
+FORMS = ("learnable", "sorted", "unsorted", "frozen", "masked dense", "deployed")
+"""Forms of a G-ResNeXt, see `bench.FORMS`. Random gates are closed."""
 
 TRAIN = "train.py --epochs 2 --warmup-epochs 0 --lr 0.02 --log-interval 5 --checkpoint-hist 1 --output runs"
 VALIDATE = "validate.py --checkpoint runs/amp/last.pth.tar"
@@ -153,10 +138,11 @@ def gates(stage: Stage) -> None:
     """Compare outputs with the masked dense form after changes of gates that leave their version as it is."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if stage.dry_run:
-        gate_cache.READ_DIRECTLY = set()
+        gate_reader.READ_DIRECTLY = set()
     torch.manual_seed(0)
-    first, second = layers = [DGConv2d(16, 16, 3, padding=1, device=stage.device) for _ in range(2)]
-    gate_cache.share_reader(layers)
+    first, second = layers = [DGConv2d(16, 16, 3, padding=1, sort=sort, device=stage.device) for sort in (True, False)]
+    net = nn.Sequential(first, nn.ReLU(), second)
+    gate_reader.read_once_per_call(net)
     x = torch.randn(4, 16, 5, 5, device=stage.device)
 
     def signs() -> Tensor:
@@ -164,7 +150,7 @@ def gates(stage: Stage) -> None:
 
     def is_right() -> bool:
         """Compare the two forms. Give the parameters random gradients, with which gates flip often."""
-        y = second(first(x).relu())
+        y = net(x)
         with torch.no_grad():
             expected = second.masked_dense(first.masked_dense(x).relu())
         for layer in layers:
@@ -214,7 +200,7 @@ def gates(stage: Stage) -> None:
 
 def milliseconds(stage: Stage, call: Callable[[], Any]) -> float:
     """Return the time of a call: the mean of a block of calls, in the fastest block."""
-    for _ in range(spans.MEETINGS + 1):  # cuDNN and the tuner measure in these calls, and torch.compile compiles
+    for _ in range(WARM_UP):
         call()
     blocks, calls = (1, 2) if stage.dry_run else (3, 4)
     times = []
@@ -240,130 +226,6 @@ def kernels(stage: Stage, call: Callable[[], Any]) -> tuple[torch.profiler.profi
     return profiler, {"kernel_ms": round(sum(microseconds) / 1e3, 3), "kernels": len(microseconds)}
 
 
-def sweep(stage: Stage) -> None:
-    """Measure single layers over their spans, and derive the static choice of spans that suits them best."""
-    for batch, channels, side in [(2, 64, 4)] if stage.dry_run else LAYERS:
-        row: Row = dict(batch=batch, channels=channels, side=side)
-        x = torch.randn(batch, channels, side, side, device=stage.device, dtype=torch.bfloat16)
-        x = x.to(memory_format=torch.channels_last)
-        narrowest = channels // GROUPS
-        for width in sorted({narrowest, 16, 32, 64, 128, 256, channels} & set(range(narrowest, channels + 1))):
-            groups = channels // width
-            fixed = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False, device=stage.device)
-            fixed.to(memory_format=torch.channels_last)
-            _add_layer(stage, fixed, x, [fixed.weight], **row, form=f"group convolution, width {width}")
-        for permuted in (False, True):
-            torch.manual_seed(0)
-            conv = DGConv2d(channels, channels, 3, padding=1, bias=False, device=stage.device)
-            conv.to(memory_format=torch.channels_last)
-            set_groups(conv, GROUPS, permuted)
-            _sweep_spans(stage, conv, x, **row, permuted=permuted)
-    print(json.dumps(suggest(stage.rows), indent=1))
-
-
-def _sweep_spans(stage: Stage, conv: DGConv2d, x: Tensor, **row: Any) -> None:
-    """Measure a DGConv2d with every number of closed bits in its spans, and in its other forms."""
-    closed = conv.closed
-    row["closed_bits"] = sum(closed)
-
-    def call(these: Spans | None, x: Tensor) -> Tensor:  # without a transfer of the gates, as most layers of a network
-        options: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
-        return dgconv2d(x, conv.weight, None, conv.gate, **options, spans=these, closed=closed)
-
-    learnable = [conv.weight, conv.gate]
-    for n in range(sum(closed) + 1):
-        these = Spans(*[lowest(closed, n)] * len(Spans._fields))
-        _add_layer(stage, partial(call, these), x, learnable, **row, form="spans", **_bits([n] * len(these)))
-    _add_layer(stage, conv.masked_dense, x, learnable, **row, form="masked dense")
-    static = choose_spans(closed, conv.in_channels, stage.device.type, x.dtype)
-    spans.TUNE = False
-    bits = _bits([span.bit_count() for span in static])
-    _add_layer(stage, partial(call, None), x, learnable, **row, form="static", **bits)
-    spans.TUNE = True
-    _add_layer(stage, partial(call, None), x, learnable, **row, form="tuned")
-    conv.gate.requires_grad_(False)
-    _add_layer(stage, partial(call, None), x, [conv.weight], **row, form="frozen, tuned")
-
-
-def _bits(counts: Sequence[int]) -> Row:
-    """Return how many closed bits the three spans have, as part of a row."""
-    return {f"{name}_bits": count for name, count in zip(Spans._fields, counts, strict=True)}
-
-
-def _add_layer(
-    stage: Stage, call: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor], **row: Any
-) -> None:
-    """Add a row with the milliseconds of the output, of the gradients, and of a whole backward pass."""
-    x = x.clone()
-    grad = torch.randn_like(x)
-
-    def output() -> Tensor:
-        with stage.autocast():
-            return call(x)
-
-    def gradient(*inputs: Tensor) -> float:
-        # The operator computes the gradients of all inputs that require them, also of those that nobody asks for.
-        for tensor in (x, *parameters):
-            tensor.requires_grad_(any(tensor is wanted for wanted in inputs))
-        y = output()
-        return milliseconds(stage, lambda: torch.autograd.grad(y, inputs, grad, retain_graph=True))
-
-    spans.tuned.clear()
-    try:
-        row["output_ms"] = milliseconds(stage, torch.no_grad()(output))
-        row["input_grad_ms"] = gradient(x)
-        row["weight_grad_ms"] = gradient(*parameters)
-        row["backward_ms"] = gradient(x, *parameters)
-        row |= {f"{problem.convolution}_bits": count for problem, count in spans.tuned.items()}
-    except RuntimeError as error:
-        row["error"] = str(error)
-    stage.add(**row)
-
-
-def suggest(rows: Sequence[Row]) -> Row:
-    """Return the static choice of spans with which the measured layers are fastest.
-
-    The choice has the form of `timm_dgconv.layers.spans.choose_spans`: a width per convolution. A span takes closed
-    bits up to about this many channels per group.
-
-    Args:
-        rows: Rows of the sweep. A layer counts if all its spans were measured.
-
-    Returns:
-        For each convolution the width, and the time as a ratio to today's static choice and to the best span of every
-        layer. The key "code" has the lines for `choose_spans`. The result is empty if no layer counts.
-    """
-    found: dict[Any, dict[Any, Row]] = {}
-    for row in rows:
-        if row.get("form") in ("spans", "static") and "error" not in row:
-            layer = tuple(row[key] for key in ("channels", "closed_bits", "batch", "side", "permuted"))
-            found.setdefault(layer, {})[row["output_bits"] if row["form"] == "spans" else "static"] = row
-    layers = {layer: times for layer, times in found.items() if times.keys() == {"static", *range(layer[1] + 1)}}
-    if not layers:
-        return {}
-    result: Row = {}
-    for name in Spans._fields:
-        totals = dict.fromkeys(WIDTHS, 0.0)
-        today = best = 0.0
-        for (channels, closed_bits, *_), times in layers.items():
-            ms = [times[count][f"{name}_ms"] for count in range(closed_bits + 1)]
-            for width in WIDTHS:
-                totals[width] += ms[min(closed_bits, ((width - 1) // (channels >> closed_bits)).bit_length())]
-            today += ms[times["static"][f"{name}_bits"]]
-            best += min(ms)
-        width = min(WIDTHS, key=lambda width: totals[width])
-        result[name] = dict(
-            width=width, to_today=round(totals[width] / today, 3), to_best=round(totals[width] / best, 3)
-        )
-    widths = [f"{name}={value['width']}" for name, value in result.items()]
-    result["code"] = [
-        f"widths = Spans({', '.join(widths)})",
-        "channels = in_channels >> sum(closed)",
-        "return Spans(*[lowest(closed, ((width - 1) // channels).bit_length()) for width in widths])",
-    ]
-    return result
-
-
 def networks(stage: Stage) -> None:
     """Measure training and inference of G-ResNeXts and of ResNets. The first network is the baseline of ratios."""
     models = {"test_g_resnext": 2} if stage.dry_run else NETWORKS
@@ -371,7 +233,7 @@ def networks(stage: Stage) -> None:
         labels = [BASELINES[model], *OTHERS.get(model, ()), *FORMS]
         baseline: dict[str, float] = {}
         if mode != "eager":
-            labels = [BASELINES[model], "learnable, tuned spans", "deployed"] if model == "g_resnext50" else []
+            labels = [BASELINES[model], "learnable", "deployed"] if model == "g_resnext50" else []
         for label, what in itertools.product(labels, ("train", "infer")):
             if what == "train" and (label == "deployed" or mode == "reduce-overhead"):
                 continue
@@ -409,12 +271,12 @@ def _measure_network(stage: Stage, **case: Any) -> Row:
 
 def _network(stage: Stage, model: str, form: str, what: str, mode: str, batch: int) -> Callable[[], None]:
     """Return a training step or inference of a G-ResNeXt in one of the `FORMS`, or of the network with this name."""
-    kind, spans.TUNE, permuted = FORMS.get(form, ("", False, False))
     torch.compiler.reset()
     gc.collect()  # models before this one must not count towards the peak memory
     torch.manual_seed(0)
     with stage.device:
-        net: Any = build(model if kind else form, kind, GROUPS, permuted).train(what == "train")
+        name = model if form in FORMS else form
+        net: Any = build(name, form, GROUPS, permuted=True).train(what == "train")
         x = torch.randn(batch, 3, *[32 if stage.dry_run else 224] * 2).to(memory_format=torch.channels_last)
     net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
@@ -434,7 +296,7 @@ def _network(stage: Stage, model: str, form: str, what: str, mode: str, batch: i
 def profile(stage: Stage) -> None:
     """Write tables of torch's profiler for a G-ResNeXt and its baseline."""
     model, batch = ("test_g_resnext", 2) if stage.dry_run else ("g_resnext50", NETWORKS["g_resnext50"])
-    for form, what in itertools.product((BASELINES[model], "learnable, tuned spans"), ("train", "infer")):
+    for form, what in itertools.product((BASELINES[model], "learnable"), ("train", "infer")):
         call = _network(stage, model, form, what, "eager", batch)
         ms = milliseconds(stage, call)
         profiler, row = kernels(stage, call)
@@ -479,15 +341,13 @@ def scripts(stage: Stage) -> None:
         stage.add(**row)
 
 
-STAGES: dict[str, Callable[[Stage], None]] = {f.__name__: f for f in (tests, gates, sweep, networks, profile, scripts)}
+STAGES: dict[str, Callable[[Stage], None]] = {f.__name__: f for f in (tests, gates, networks, profile, scripts)}
 
 
 def run_here(name: str, out: Path, dry_run: bool) -> None:
     """Run a stage in this process."""
-    # As timm's train.py. The log gets the decisions of the tuner.
+    # As timm's train.py.
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    logging.basicConfig()
-    logging.getLogger(spans.__name__).setLevel(logging.INFO)
     stage = Stage(name, out, dry_run)
     stage.save()
     try:
@@ -530,11 +390,6 @@ def summarise(out: Path) -> dict[str, str]:
         facts = {key: file.get(key) for key in ("seconds", "device", "torch", "timm", "cudnn")}
         overview.append({"stage": name, "result": file["result"], "rows": len(rows), **counts, **facts})
         sections.append(f"## {name}\n\n{_first_line(STAGES[name])}")
-        if name == "sweep" and (suggestion := suggest(rows)):
-            _write(out / "suggestion.json", suggestion)
-            code = "\n".join(suggestion.pop("code"))
-            ratios = table([{"convolution": key, **value} for key, value in suggestion.items()])
-            sections.append(f"The static choice that suits these layers best:\n\n{ratios}\n\n```python\n{code}\n```")
         sections.append(table(rows))
     (out / "summary.md").write_text("\n\n".join(["# Results on a GPU", table(overview), *sections]) + "\n")
     return {name: file["result"] for name, file in files.items()}

@@ -20,8 +20,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import nn
 
-from timm_dgconv import complexity, demo
-from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv import DGConv2d, complexity, demo
 
 SGD, ADAMW = dict(opt="sgd", momentum=0.9), dict(opt="adamw", weight_decay=0.05)
 NET: dict[str, Any] = dict(num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32), crop_pct=1.0))

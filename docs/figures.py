@@ -9,10 +9,11 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from timm_dgconv.layers.grouping import channel_order
 from torch import Tensor
+from torch.autograd.functional import jacobian
 
-from timm_dgconv import DGConv2d
+from timm_dgconv.ops import naive
+from timm_dgconv.ops.algebra import channel_order
 
 DOCS = Path(__file__).parent
 STYLE: dict[str, Any] = {"font.size": 8, "axes.linewidth": 0.6, "savefig.dpi": 200, "savefig.bbox": "tight"}
@@ -21,10 +22,7 @@ STYLE: dict[str, Any] = {"font.size": 8, "axes.linewidth": 0.6, "savefig.dpi": 2
 def connectivity(gates: Sequence[int]) -> Tensor:
     """Return which input channels (columns) feed which output channels (rows), one gate per bit."""
     channels = 1 << len(gates)
-    conv = DGConv2d(channels, channels, 1)
-    with torch.no_grad():
-        conv.gate.copy_(torch.tensor(gates) - 0.5)
-    return conv.connectivity().detach()
+    return naive.connectivity(torch.tensor(gates) - 0.5, channels, channels, sort=False, nested=False)
 
 
 def matrix(axis: Any, values: Tensor, codes: Sequence[str], title: str) -> None:
@@ -63,7 +61,7 @@ def exchange() -> Figure:
     """Draw the connectivity of eight channels in their order, and in the order of their groups."""
     gates = (1, 0, 0)
     codes = binary(3)
-    order = channel_order(torch.tensor(gates) - 0.5, 8)
+    order = channel_order([not gate for gate in gates], 8)
     before = connectivity(gates)
     figure = Figure(figsize=(7.2, 2.7), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 0.7, 1])
@@ -81,28 +79,31 @@ def exchange() -> Figure:
     return figure
 
 
-def gradients() -> Figure:
-    """Draw which channel pairs have a part in the gradients of weights and gates."""
-    gates = (0, 0, 1, 1)
-    codes = binary(4)
-    channels = torch.arange(16)
-    differ = channels[:, None] ^ channels  # the bits in which two channels differ
-    closed = differ >> 2  # the two highest bits
-    values = torch.tensor([1.0, 0.6, 0.3, 0.0])[closed]
-    assert torch.equal(values == 1, connectivity(gates) == 1)
-    figure = Figure(figsize=(7.2, 3.7), layout="constrained")
-    axis, key = figure.subplots(1, 2, width_ratios=[1, 0.9])
-    matrix(axis, values, codes, "gates 0 0 1 1: 4 groups of 4")
-    axis.set(xlabel="input channel", ylabel="output channel")
+def nested() -> Figure:
+    """Draw the nested groups of eight channels, and which pairs the gates learn from."""
+    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
+    grid = figure.add_gridspec(2, 4, height_ratios=[1, 0.34])
+    for closed in range(4):
+        gate = torch.tensor([-1.0] * closed + [1.0] * (3 - closed))
+
+        def connected(gate: Tensor) -> Tensor:
+            return naive.connectivity(gate, 8, 8, sort=True, nested=True)
+
+        slopes = jacobian(connected, gate)  # (output channels, input channels, gates)
+        opens, closes = slopes[..., :closed].sum(-1), slopes[..., closed:].sum(-1)
+        groups = 1 << closed
+        title = f"m = {closed}: {groups} group{'s' * (groups > 1)}"
+        matrix(figure.add_subplot(grid[0, closed]), connected(gate) - 0.45 * closes + 0.25 * opens, binary(3), title)
+    key = figure.add_subplot(grid[1, :])
     texts = [
-        (1.0, "connected: output, input gradient, weight gradient,\nand the gradients of the open gates"),
-        (0.6, "partners across the lowest closed bit: the gradient\nof its gate"),
-        (0.3, "partners across the highest closed bit: the gradient\nof its gate"),
-        (0.0, "differ in both closed bits: no part in any gradient"),
+        (1.0, "connected"),
+        (0.55, "connected, and bit m differs: the open gate nearest to zero learns from these pairs"),
+        (0.25, "not connected, and only bit m - 1 of the closed bits differs: the closed gate nearest to zero learns"),
+        (0.0, "no part in any gradient: outside of the groups of the weight gradient"),
     ]
     for row, (shade, text) in enumerate(texts):
         key.add_patch(swatch(row, shade))
-        key.text(0.13, 0.875 - 0.2 * row, text, va="center", fontsize=8)
+        key.text(0.05, 0.86 - 0.25 * row, text, va="center", fontsize=8)
     key.set(xlim=(0, 1), ylim=(0, 1))
     key.set_axis_off()
     return figure
@@ -110,10 +111,11 @@ def gradients() -> Figure:
 
 def swatch(row: int, shade: float) -> Any:
     """Return the square of a row of the key."""
-    return Rectangle((0.02, 0.84 - 0.2 * row), 0.07, 0.07, facecolor=str(1 - shade), edgecolor="0.6", linewidth=0.6)
+    place = (0.02, 0.78 - 0.25 * row)
+    return Rectangle(place, 0.02, 0.16, facecolor=str(1 - shade), edgecolor="0.6", linewidth=0.6)
 
 
 if __name__ == "__main__":
     with rc_context(STYLE):
-        for draw in (patterns, exchange, gradients):
+        for draw in (patterns, nested, exchange):
             draw().savefig(DOCS / f"{draw.__name__}.png")

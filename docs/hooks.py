@@ -1,4 +1,4 @@
-"""Show the README and the measured figures on the pages that MkDocs builds. MkDocs itself takes files of docs/ only."""
+"""Show the READMEs and the measured figures as pages of the site. MkDocs itself takes files of docs/ only."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ def on_files(files: Files, config: Any) -> Files:
     index = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "index.md", content=index))
     measured = sorted((ROOT / "benchmarks" / "results").glob("*.*"))
-    for path in [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *measured]:
+    operator = ROOT / "timm_dgconv" / "ops" / "README.md"
+    for path in [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", operator, *measured]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

@@ -7,12 +7,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a busy machine would show bars where one line is expected
 
-import platform
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -56,39 +53,6 @@ def gate_reads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Run a test twice: with gates read as on a CPU, and with gates read as on CUDA."""
     if request.param == "read once per pass":
         monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())
-
-
-CLIENT = "client"
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print a table of the libraries that test_clients.py has run."""
-    outcomes: dict[str, list[str]] = {}
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.getreports(outcome):
-            client = dict(getattr(report, "user_properties", ())).get(CLIENT)  # none after a failed collection
-            if client is not None:
-                reason = report.longrepr[2].removeprefix("Skipped") if outcome == "skipped" else ""
-                outcomes.setdefault(client, []).append(outcome + reason)
-    if not outcomes:
-        return
-    versions = [f"{name} {installed(name)}" for name in ("timm-dgconv", "timm", "torch")]
-    terminalreporter.section(f"clients, {', '.join(versions)}, Python {platform.python_version()}")
-    rows = [("client", "version", "tests"), ("---", "---", "---")]
-    for client, found in sorted(outcomes.items()):
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in Counter(found).items())
-        rows.append((client, installed(client) or "", counts))
-    for row in rows:
-        terminalreporter.line(f"| {' | '.join(row)} |")
-
-
-def installed(distribution: str) -> str | None:
-    """Return the installed version of a distribution, or None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def conv_with(
@@ -157,7 +121,7 @@ def original_value(name: str, shape: tuple[int, ...], key: int) -> torch.Tensor:
 def original_state_dict(model: torch.nn.Module, key0: int) -> dict[str, torch.Tensor]:
     """Return a state dict of the original release for a model, in float64 and without the constants D and I."""
     shapes = {
-        name.replace("conv2.weight", "conv2.conv.weight") if ".conv2." in name else name: tuple(value.shape)
+        name.replace("conv2.weight", "conv2.conv.weight").replace("sorted_gate", "gate"): tuple(value.shape)
         for name, value in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }

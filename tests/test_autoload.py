@@ -6,7 +6,6 @@ An import happens once per process, so every case runs in a new process.
 import configparser
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -34,12 +33,6 @@ import timm
 missing = {"g_resnext50", "g_resnext101", "test_g_resnext"} - set(timm.list_models())
 assert not missing, missing
 assert type(timm.create_model("test_g_resnext")).__module__ == "timm_dgconv.models.g_resnet"
-"""
-
-LOADER_IS_THE_ORDINARY_ONE = """
-import importlib.machinery, timm.models
-assert type(timm.models.__loader__) is importlib.machinery.SourceFileLoader, timm.models.__loader__
-assert timm.models.__spec__.loader is timm.models.__loader__
 """
 
 
@@ -89,16 +82,6 @@ def env(request: pytest.FixtureRequest) -> dict[str, str]:
     return {"PYTHONPATH": str(request.getfixturevalue("wheel_installed"))}
 
 
-def test_description_shows_no_file_of_the_repository(wheel_installed: Path) -> None:
-    """PyPI shows the README without its folder."""
-    (metadata,) = wheel_installed.glob("timm_dgconv-*.dist-info/METADATA")
-    _, _, text = metadata.read_text(encoding="utf-8").partition("\n\n")
-    assert text.startswith("# timm-dgconv\n")
-    assert 'pip install "timm-dgconv[demo]" && timm-dgconv demo' in text
-    assert "](http" in text
-    assert not re.search(r"\]\((?!http)|!\[|the figure", text, re.IGNORECASE)
-
-
 # As installed, and from the wheel.
 
 
@@ -138,11 +121,6 @@ def test_without_autoload_the_package_registers_when_imported(env: dict[str, str
 # The wheel.
 
 
-def test_wheel_takes_precedence(wheel_installed: Path) -> None:
-    found = run("import timm_dgconv; print(timm_dgconv.__file__)", env={"PYTHONPATH": str(wheel_installed)})
-    assert Path(found.strip()).parent == wheel_installed / "timm_dgconv"
-
-
 def test_wheel_holds_the_package_and_its_entry_points(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -170,26 +148,11 @@ def test_wheel_holds_the_package_and_its_entry_points(wheel: Path) -> None:
         "from timm_dgconv.models.g_resnet import g_resnext50",
     ],
 )
-def test_any_order(imports: str) -> None:
+def test_imports_may_come_in_any_order(imports: str) -> None:
     run(imports, MODELS_WORK)
 
 
-def test_without_autoload_the_package_may_come_first() -> None:
-    run("import timm_dgconv", MODELS_WORK, env=NO_AUTOLOAD)
-
-
-def test_timm_models_is_an_ordinary_module() -> None:
-    run(
-        "import importlib, inspect, pkgutil, timm.models",
-        LOADER_IS_THE_ORDINARY_ONE,
-        "importlib.reload(timm.models)",
-        LOADER_IS_THE_ORDINARY_ONE,
-        "assert pkgutil.get_data('timm.models', '__init__.py').decode() == inspect.getsource(timm.models)",
-        MODELS_WORK,
-    )
-
-
-def test_timm_of_a_clone(tmp_path: Path) -> None:
+def test_the_timm_of_a_clone_has_the_models(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("timm")
     assert spec is not None
     assert spec.origin is not None
@@ -202,10 +165,7 @@ def test_timm_of_a_clone(tmp_path: Path) -> None:
     assert Path(found).parent == clone / "timm"
 
 
-# Other processes.
-
-
-def test_spawned_process(tmp_path: Path) -> None:
+def test_a_spawned_process_has_the_models(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         dedent(
@@ -224,25 +184,6 @@ def test_spawned_process(tmp_path: Path) -> None:
         )
     )
     python(script)
-
-
-@pytest.mark.slow
-def test_ranks_of_torchrun(tmp_path: Path) -> None:
-    # No process group: gloo's destructor can wait for itself in torch 2.5, and registration does not need one.
-    script = tmp_path / "script.py"
-    script.write_text(
-        dedent(
-            """
-            import os
-            import pathlib
-            import timm
-
-            pathlib.Path(__file__).with_name("rank" + os.environ["RANK"]).write_text(str(timm.is_model("g_resnext50")))
-            """
-        )
-    )
-    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
-    assert {path.name: path.read_text() for path in tmp_path.glob("rank*")} == {"rank0": "True", "rank1": "True"}
 
 
 # Failures, and other finders.
@@ -280,24 +221,10 @@ def test_timm_works_with_one_warning_if_the_package_is_broken(
     assert error in warning
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        # A second finder that calls all finders.
-        "importlib.reload(timm_dgconv._autoload).install()",
-        # Python ignores this finder of an old form.
-        "sys.meta_path.insert(0, types.SimpleNamespace(find_module=lambda name, path: None))",
-    ],
-    ids=["a second one", "one without find_spec"],
-)
-def test_other_finders(other: str) -> None:
-    run("import importlib, sys, torch, types, timm_dgconv._autoload", other, MODELS_WORK)
-
-
 # The public surface.
 
 
-def test_public_names() -> None:
+def test_public_names_are_imported_on_first_use() -> None:
     run(
         """
         import sys, timm_dgconv

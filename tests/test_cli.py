@@ -13,7 +13,7 @@ COMMANDS = {"demo": "digits", "convert": "--compact", "publish": "--dry-run", "i
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_commands_and_their_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*filter(None, [command]), "--help"])
     assert stop.value.code == 0
@@ -31,7 +31,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
         ["inspect", "source", "--model", "g_resnext50", "--model-kwargs", "stem_type"],
     ],
 )
-def test_usage(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2

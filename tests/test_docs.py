@@ -4,7 +4,6 @@ The Python blocks of a page run as they are, as one program. Commands that need 
 Docstrings run as doctests.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -87,24 +86,20 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield server.env(tmp_path_factory.mktemp("home"))
 
 
-def test_readme(hub: dict[str, str]) -> None:
-    """Its code and the code of docs/ runs, and `pretrained=True` computes the same as timm's ResNeXt and ResNet.
-
-    Each page is one program. tests/test_clients.py runs the page about deployment, which needs the extra `clients`.
-    """
+def test_the_code_of_all_pages_runs(hub: dict[str, str]) -> None:
+    """Each page is one program. And `pretrained=True` computes the same as timm's ResNeXt and ResNet."""
     programs = ["\n".join(blocks(page, "python")) for page in PAGES if page != DEPLOY]
     run_python(hub, RUN, [*programs, SAME_OUTPUTS, ""])
 
 
-def test_links_of_the_pages() -> None:
+def test_links_lead_to_files() -> None:
     for page in (*PAGES, CONTRIBUTING):
         for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), (page, link)
 
 
 @pytest.mark.parametrize("name", ["g_resnext50", "resnext50_32x4d"])
-def test_model_card(name: str, hub: dict[str, str], tmp_path: Path) -> None:
-    """With a local image."""
+def test_the_code_of_a_model_card_prints_its_comments(name: str, hub: dict[str, str], tmp_path: Path) -> None:
     codes = blocks(ROOT / "hub_configs" / f"{name}.dgconv_in1k" / "README.md", "python")
     Image.new("RGB", (320, 240), "white").save(tmp_path / "image.png")
     printed = run_python(hub, RUN, [*codes, str(tmp_path / "image.png")])
@@ -113,18 +108,9 @@ def test_model_card(name: str, hub: dict[str, str], tmp_path: Path) -> None:
         assert output.splitlines() == re.findall(r"#  (torch\.Size.*)", code)
 
 
-def test_model_card_of_g_resnext101() -> None:
-    """It has the code of the card of g_resnext50, whose weights are smaller."""
-    large, small = (
-        blocks(ROOT / "hub_configs" / f"g_resnext{n}.dgconv_in1k" / "README.md", "python") for n in (101, 50)
-    )
-    assert [code.replace("g_resnext101", "g_resnext50") for code in large] == small
-
-
-def test_our_commands(
+def test_our_commands_run_in_the_order_of_the_pages(
     original: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They run in the order of the README, on files with its names."""
     monkeypatch.chdir(tmp_path)
     Path("g_resnext50.pth.tar").symlink_to(original[0])
     run_folder = Path("output/train/RUN")
@@ -150,16 +136,9 @@ def test_our_commands(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_demo(tmp_path: Path) -> None:
+def test_the_demo_of_the_readme_runs(tmp_path: Path) -> None:
     (command,) = (command for command in named("timm-dgconv") if "demo" in shlex.split(command))
     subprocess.run([Path(sys.executable).with_name("timm-dgconv"), *shlex.split(command)[1:]], cwd=tmp_path, check=True)
-
-
-def test_extras() -> None:
-    asked = {extra for page in PAGES for command in commands(page) for extra in re.findall(r"\[([\w,]+)\]", command)}
-    known = set(importlib.metadata.metadata("timm-dgconv").get_all("Provides-Extra") or [])
-    assert {extra for several in asked for extra in several.split(",")} <= known
-    assert {"demo", "test"} <= asked
 
 
 @pytest.mark.skipif(SCRIPTS is None, reason="TIMM_SCRIPTS_DIR is not set to a checkout of timm's repository")
@@ -194,16 +173,6 @@ def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: py
             runpy.run_path(str(ROOT / script), run_name="__main__")
         assert stop.value.code == 0
         assert {word for word in args if word.startswith("--")} <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-
-
-def test_every_program_is_tested() -> None:
-    programs = {command.split()[0] for page in (*PAGES, *CARDS) for command in commands(page)}
-    assert programs <= {"pip", "pytest", "python", "timm-dgconv", "torchrun", "nox"}
-
-
-def test_test_command() -> None:
-    """CI runs the line of the README."""
-    assert 'pip install -e ".[test]" && pytest\n' in blocks(README, "bash")
 
 
 @pytest.mark.parametrize("name", timm_dgconv.__all__)

@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize(("suffix", "signature"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 @pytest.mark.parametrize("count", [1, 3])
-def test_files(
+def test_a_plot_is_written_in_the_format_of_its_name(
     run: list[str], count: int, suffix: str, signature: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / f"groups{suffix}"
@@ -36,11 +36,11 @@ def test_files(
     assert "layer4.0.conv2" in capsys.readouterr().out, "the table has all layers"
 
 
-def test_many_layers_and_checkpoints(tmp_path: Path) -> None:
+def test_many_layers_and_checkpoints_are_drawn(tmp_path: Path) -> None:
     """Wide layers, names without room, and layers outside of a G-ResNeXt."""
     model = timm.create_model("g_resnext101", device="meta")
     for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
-        conv.gate = nn.Parameter(torch.randn(conv.gate.shape))
+        conv.sorted_gate = nn.Parameter(torch.randn(conv.gate.shape))
     wide = group_report(model)
     plots.draw(wide, tmp_path / "wide.png", ["layer4.0.conv2", *(f"layer3.{n}.conv2" for n in range(4))])
     count = 60
@@ -51,8 +51,9 @@ def test_many_layers_and_checkpoints(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_missing_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is reported before a checkpoint is read."""
+def test_missing_matplotlib_is_reported_before_a_checkpoint_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"]) == 2
     assert capsys.readouterr().err == "timm-dgconv inspect: plots need matplotlib: pip install 'timm-dgconv[plot]'\n"

@@ -5,7 +5,6 @@
 They need Chromium: Debian's package, or ``playwright install chromium``.
 """
 
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urlparse
 
 import pytest
 
@@ -41,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
 
 
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
-def test_pages_in_a_browser(site: tuple[str, Path], width: int) -> None:
+def test_pages_work_in_a_browser(site: tuple[str, Path], width: int) -> None:
     """No page has an error in the console, a missing file, a picture that is not shown, or scrolls to the side."""
     url, folder = site
     pages = sorted(folder.rglob("*.html"))
@@ -61,21 +59,3 @@ def test_pages_in_a_browser(site: tuple[str, Path], width: int) -> None:
             assert page.evaluate("document.scrollingElement.scrollWidth <= window.innerWidth"), path
             assert page.evaluate("[...document.images].every(image => image.naturalWidth)"), path
         browser.close()
-
-
-def test_links(site: tuple[str, Path]) -> None:
-    """Every link inside the site leads to a page, and to an element of it."""
-    _, folder = site
-    texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.html") if path.name != "404.html"}
-    checked = 0
-    for path, text in texts.items():
-        for link in re.findall(r'(?:href|src)="?([^"\s>]+)', text):
-            if urlparse(link).scheme:
-                continue
-            target, anchor = (unquote(part) for part in urldefrag(link))
-            file = (path.parent / target).resolve() if target else path
-            file = file / "index.html" if file.is_dir() else file
-            assert file.is_file(), (path, link)
-            assert not anchor or re.search(rf'id="?{re.escape(anchor)}["\s>]', texts[file]), (path, link)
-            checked += 1
-    assert checked > 500

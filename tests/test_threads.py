@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import conv_with, gates, trained
+from conftest import gates, trained
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
@@ -50,8 +50,8 @@ def train(model: nn.Module, seed: int, steps: int = 6) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_inference_while_copies_are_made(mode: Callable[[], torch.inference_mode]) -> None:
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_threads_infer_while_copies_are_made(mode: Callable[[], torch.inference_mode]) -> None:
     model = network().eval()
     inputs = [torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in range(THREADS)]
     with mode():
@@ -82,8 +82,8 @@ def test_inference_while_copies_are_made(mode: Callable[[], torch.inference_mode
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize("kwargs", [{}, {"complexity_weight": 0.1}, STEERED], ids=["free", "weight", "target"])
-def test_training_of_copies(kwargs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"sort": False, "complexity_weight": 0.1}, STEERED], ids=str)
+def test_threads_train_copies_of_a_model(kwargs: dict[str, Any]) -> None:
     model = network(**kwargs)
     copies = [copy.deepcopy(model) for _ in range(THREADS)]
     expected = [train(copy.deepcopy(model), seed) for seed in range(THREADS)]
@@ -91,33 +91,3 @@ def test_training_of_copies(kwargs: dict[str, Any]) -> None:
         got = list(pool.map(train, copies, range(THREADS), timeout=TIMEOUT))
     for ours, alone in zip(got, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
-
-
-def test_backward_passes_of_one_layer() -> None:
-    """Several threads compute gradients at once, in memory that is used again."""
-    conv = conv_with("10101", 32, 32, padding=1, dtype=torch.float64)
-    inputs = [torch.randn(2, 32, 6, 6, dtype=torch.float64) for _ in range(THREADS)]
-
-    def gradients(n: int) -> list[Tensor]:
-        results = torch.autograd.grad(conv(inputs[n]).square().sum(), list(conv.parameters()))
-        return [grad.clone() for grad in results]
-
-    expected = [gradients(n) for n in range(THREADS)]
-
-    def repeat(n: int) -> bool:
-        return all(
-            torch.equal(grad, alone) for _ in range(50) for grad, alone in zip(gradients(n), expected[n], strict=True)
-        )
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        assert all(pool.map(repeat, range(THREADS), timeout=TIMEOUT))
-
-
-def test_models_come_and_go() -> None:
-    """A step looks at all models that are steered, while other threads make and drop models."""
-
-    def work(seed: int) -> bool:
-        return all(t.isfinite().all() for n in range(3) for t in train(network(**STEERED), 3 * seed + n, 2))
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        assert all(pool.map(work, range(THREADS), timeout=TIMEOUT))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from timm_dgconv.cli import main
 
-GATE, WEIGHT = "layer3.0.conv2.gate", "layer3.0.conv2.weight"
+GATE, WEIGHT = "layer3.0.conv2.sorted_gate", "layer3.0.conv2.weight"
 
 
 @functools.cache
@@ -70,18 +70,12 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "empty safetensors": (".safetensors", lambda: b"", "is truncated or damaged"),
     "web page": (".pth", lambda: b"<!DOCTYPE html><html>virus scan", "is not a checkpoint"),
     "noise": (".bin", lambda: bytes(range(256)) * 9, "is not a checkpoint"),
-    "list": (".pt", lambda: [1, 2], "is not a checkpoint"),
     "no entries": (".pth", dict, "has no state dict"),
     "unknown entry": (".pth", lambda: {"net": good()}, "has no state dict"),
     "another network": (
         ".pth",
         lambda: timm.create_model("test_resnet").state_dict(),
         "is a checkpoint of another network than test_g_resnext: size mismatch for bn1.weight",
-    ),
-    "another width": (
-        ".pth",
-        lambda: timm.create_model("test_g_resnext", channels=(32, 32, 48, 96)).state_dict(),
-        "is a checkpoint of another network than test_g_resnext: size mismatch for layer1.0.conv1.weight",
     ),
     "missing weights": (
         ".pth",
@@ -109,20 +103,15 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused_files(kind: str, command: str, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_refused_in_one_line(kind: str, command: str, tmp_path: Path) -> None:
     suffix, contents, said = REFUSED[kind]
     source, data = tmp_path / f"source{suffix}", contents()
     source.write_bytes(data if isinstance(data, bytes) else saved(data))
     assert_refused(command, source, said)
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect"])
-def test_missing_file(command: str, tmp_path: Path) -> None:
-    assert_refused(command, tmp_path / "missing.pth", "is not a file; use a checkpoint file or a Hub id")
-
-
 @pytest.mark.parametrize("form", [".safetensors", ".pth", ".pth.tar"])
-def test_truncated_files(form: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_truncated_file_is_refused(form: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A prefix of a file is not a checkpoint, wherever it ends. Before torch 1.6 the files were not zip archives."""
     if form == ".safetensors":
         data = safetensors.torch.save(good())

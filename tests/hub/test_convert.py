@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +40,7 @@ def original(model: nn.Module) -> dict[str, Any]:
     state_dict = {}
     for name, value in model.state_dict().items():
         layer = name.rpartition(".")[0]
+        name = name.replace("unsorted_gate", "gate")
         if isinstance(model.get_submodule(layer), DGConv2d) and name.endswith(".weight"):
             state_dict[f"module.{layer}.D"], state_dict[f"module.{layer}.I"] = torch.eye(2), torch.ones(2, 2)
             name = f"{layer}.conv.weight"
@@ -66,8 +66,13 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> nn.Module:
+def nested() -> nn.Module:
     return trained(num_classes=11).eval()
+
+
+@pytest.fixture(scope="module")
+def unsorted() -> nn.Module:
+    return trained(num_classes=11, sort=False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +81,9 @@ def other() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoint(nested: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pth"
-    torch.save(tiny.state_dict(), path)
+    torch.save(nested.state_dict(), path)
     return str(path)
 
 
@@ -86,9 +91,16 @@ def checkpoint(tiny: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str
 @pytest.mark.parametrize(
     "form", ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "bare.pt", "safetensors"]
 )
-def test_forms_of_checkpoints(
-    tiny: nn.Module, other: nn.Module, form: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_form_of_checkpoint_keeps_its_outputs(
+    nested: nn.Module,
+    unsorted: nn.Module,
+    other: nn.Module,
+    form: str,
+    compact: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    tiny: Any = unsorted if "original" in form or form == "bare.pt" else nested
     source, out = tmp_path / "source" / f"checkpoint.{form.partition('.')[2] or form}", tmp_path / "out"
     source.parent.mkdir()
     if form == "safetensors":
@@ -126,9 +138,9 @@ def test_forms_of_checkpoints(
         assert file.metadata() == {"format": "pt"}
 
 
-def test_averaged_weights_are_optional(tiny: nn.Module, other: nn.Module, tmp_path: Path) -> None:
-    torch.save({"model": other.state_dict(), "model_ema": tiny.state_dict()}, tmp_path / "both.pth")
-    for option, expected in ([], tiny), (["--no-ema"], other):
+def test_averaged_weights_are_optional(nested: nn.Module, other: nn.Module, tmp_path: Path) -> None:
+    torch.save({"model": other.state_dict(), "model_ema": nested.state_dict()}, tmp_path / "both.pth")
+    for option, expected in ([], nested), (["--no-ema"], other):
         out = tmp_path / f"out{len(option)}"
         assert main(["convert", str(tmp_path / "both.pth"), "--model", TINY, "--out", str(out), *option]) == 0
         assert torch.equal(outputs(load(out)), outputs(expected))
@@ -142,13 +154,13 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of t
     "in_chans=4": (dict(in_chans=4, **STEM), STEM),
     "stem": (STEM, dict(STEM, complexity_weight=0.1)),
     "gp": (dict(global_pool="avgmax"), dict(global_pool="avgmax")),
-    "sort": (dict(block_args=dict(sort=True)), dict(block_args=dict(sort=True), freeze_groups=True)),
+    "sort": (dict(sort=False), dict(sort=False, freeze_groups=True)),
 }
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_arguments_of_the_network(
+def test_arguments_of_the_network_are_kept(
     network: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kwargs, stored = NETWORKS[network]
@@ -162,7 +174,7 @@ def test_arguments_of_the_network(
     config = json.loads((out / "config.json").read_text())
     args = config["model_args"]
     assert {name: args[name] for name in kwargs} == kwargs
-    assert not {"complexity_weight", "complexity_target", "freeze_groups", "num_classes"} & set(args)
+    assert not {"complexity_weight", "complexity_target", "freeze_groups", "nested", "num_classes"} & set(args)
     assert config["pretrained_cfg"]["input_size"][0] == kwargs.get("in_chans", 3)
 
     capsys.readouterr()
@@ -200,7 +212,7 @@ def test_model_kwargs_override_the_checkpoint(stored: dict[str, Any], tmp_path: 
     ],
 )
 @pytest.mark.parametrize("command", ["convert", "inspect"])
-def test_wrong_model_kwargs(
+def test_wrong_model_kwargs_are_named_in_one_line(
     command: str, kwargs: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--out", str(tmp_path / "out")] if command == "convert" else []
@@ -215,8 +227,7 @@ def test_wrong_model_kwargs(
 DATA = dict(mean=[0.3], std=[0.2], crop_pct=1.0, interpolation="bilinear")
 
 
-def test_data_settings_of_the_training(tmp_path: Path) -> None:
-    """timm's train.py stores them in a checkpoint, and timm's models in the config.json of a folder."""
+def test_data_settings_of_the_training_are_kept(tmp_path: Path) -> None:
     model = trained(num_classes=7, in_chans=1).eval()
     checkpoint = train_checkpoint(model)
     vars(checkpoint["args"]).update(DATA, in_chans=1, img_size=48, input_size=None)
@@ -234,21 +245,10 @@ def test_data_settings_of_the_training(tmp_path: Path) -> None:
     assert_close(outputs(load(tmp_path / "compact")), outputs(model), rtol=0, atol=1e-5)
 
 
-def test_arguments_of_another_script(tiny: nn.Module, tmp_path: Path) -> None:
-    """They are not data settings of timm."""
-    checkpoint = train_checkpoint(tiny)
-    vars(checkpoint["args"]).update(input_size=48, mean="0.5")
-    torch.save(checkpoint, tmp_path / "last.pth.tar")
-    assert main(["convert", str(tmp_path / "last.pth.tar"), "--model", TINY, "--out", str(tmp_path / "out")]) == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["pretrained_cfg"]["input_size"] == list(timm.get_pretrained_cfg("test_g_resnext").input_size)
-
-
 # The baseline of the original release.
 
 
-def test_baseline(tmp_path: Path) -> None:
-    """timm loads the converted folder without this package, and g_resnext50 loads its weights."""
+def test_timm_loads_the_converted_baseline_without_this_package(tmp_path: Path) -> None:
     torch.manual_seed(0)
     baseline = timm.create_model("resnext50_32x4d", zero_init_last=False).eval()
     for module in baseline.modules():
@@ -282,21 +282,17 @@ with torch.inference_mode():
     assert all(torch.equal(compact[name], value) for name, value in baseline.state_dict().items())
 
 
-# Refusals and interruptions.
-
-
 @pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--model", "resnet50.a1_in1k"], "unknown model 'resnet50.a1_in1k'; use g_resnet18.TAG"),
-        (["--model", "g_resnext50"], "unknown model 'g_resnext50'"),
         (["--model", "g_resnext50.a/b"], "unknown model 'g_resnext50.a/b'"),
         (["--out", "HERE"], "exists; use a new folder for --out"),
         (["--out", "HERE/none/out"], "is not a folder; create it"),
         (["--model", BASELINE, "--compact"], "without --compact"),
     ],
 )
-def test_wrong_options(
+def test_wrong_options_are_named_in_one_line(
     args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
@@ -307,7 +303,7 @@ def test_wrong_options(
     assert names(tmp_path) == []
 
 
-def test_other_outputs_are_noticed(
+def test_other_outputs_after_the_conversion_are_an_error(
     other: nn.Module,
     checkpoint: str,
     tmp_path: Path,
@@ -331,18 +327,3 @@ def test_failed_conversion_leaves_nothing(
     assert main(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "timm-dgconv convert: no space left on device\n"
     assert names(tmp_path) == []
-
-
-def test_killed_conversion_leaves_no_folder_that_looks_whole(checkpoint: str, tmp_path: Path) -> None:
-    code = """
-import os, signal, sys
-from timm_dgconv import cli
-from timm_dgconv.hub import convert
-convert.list_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
-cli.main(sys.argv[1:])
-"""
-    args = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
-    result = subprocess.run([sys.executable, "-c", code, *args], check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert [name.startswith(".out.") for name in names(tmp_path)] == [True]
-    assert main(args) == 0, "the rest of the killed run does not stop the next one"

@@ -147,7 +147,7 @@ def test_private_repository_and_second_upload(hub: Hub) -> None:
     assert hub.server.files("owner/public") == {"config.json": b"{}"}
 
 
-def test_branch(hub: Hub, folder: Path) -> None:
+def test_a_revision_is_a_branch(hub: Hub, folder: Path) -> None:
     assert hub.results["branch"][0] == 0
     assert sorted(hub.server.files("owner/branch")) == [".gitattributes"]
     assert hub.server.files("owner/branch", "v2")["config.json"] == (folder / "config.json").read_bytes()
@@ -168,7 +168,7 @@ def test_revision_as_a_source(hub: Hub, tiny: nn.Module) -> None:
     assert hub.results["inspect small"][1].startswith("test_g_resnext, input 3 x 96 x 96\n")
 
 
-def test_published_model_loads(hub: Hub, tiny: nn.Module, tmp_path: Path) -> None:
+def test_timm_loads_the_published_model(hub: Hub, tiny: nn.Module, tmp_path: Path) -> None:
     code = """
 import json, timm, torch
 model = timm.create_model("hf-hub:owner/tiny", pretrained=True).eval()
@@ -179,10 +179,7 @@ with torch.inference_mode():
     assert_close(torch.tensor(run_python(hub.server.env(tmp_path), code)), outputs(tiny))
 
 
-# Errors.
-
-
-def test_errors_with_a_token(hub: Hub) -> None:
+def test_errors_of_the_hub_are_one_line(hub: Hub) -> None:
     assert_one_line(hub.results["read only"], "timm-dgconv publish: 403", "timm/new", LOG_IN)
     assert_one_line(hub.results["no owner"], "--repo 'new' is not an OWNER/NAME")
     assert_one_line(hub.results["two slashes"], "'a/b/c'")
@@ -191,7 +188,7 @@ def test_errors_with_a_token(hub: Hub) -> None:
     assert not (hub.folder / "no").exists()
 
 
-def test_errors_without_a_connection_or_token(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_missing_connection_or_token_is_one_line(hub: Hub, folder: Path, tmp_path: Path) -> None:
     publish = ["publish", str(folder), "--repo", "owner/new"]
     sources = ["owner/none", "owner/new"]  # the second is private
     converts = [["convert", source, "--model", TINY, "--out", str(tmp_path / "out")] for source in sources]
@@ -220,7 +217,7 @@ def test_errors_without_a_connection_or_token(hub: Hub, folder: Path, tmp_path: 
         ({"model.safetensors": b"1234"}, "timm cannot load"),
     ],
 )
-def test_damaged_folder(
+def test_a_damaged_folder_is_refused(
     change: dict[str, bytes | None], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in folder.iterdir():
@@ -231,7 +228,7 @@ def test_damaged_folder(
     assert_one_line((status, *capsys.readouterr()), said)
 
 
-def test_wrong_model_name(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_model_name_is_refused(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["publish", str(checkpoint), "--repo", "owner/name", "--dry-run"])
     assert_one_line((status, *capsys.readouterr()), "is not a folder", "or --model ARCH.TAG")
     status = main(["publish", str(folder), "--repo", "owner/name", "--dry-run", "--model", BASELINE])

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
@@ -26,18 +27,12 @@ Weights = dict[str, np.ndarray[Any, Any]]
 
 
 @pytest.fixture(autouse=True)
-def client(
-    request: pytest.FixtureRequest,
-    record_property: Callable[[str, object], None],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Skip the test if the library is missing, and keep it off the Hub."""
-    from conftest import CLIENT, installed  # conftest imports timm, and new processes import this file
-
-    (name,) = request.node.get_closest_marker(CLIENT).args
-    record_property(CLIENT, name)
-    if installed(name) is None:
+    (name,) = request.node.get_closest_marker("client").args
+    try:
+        distribution(name)
+    except PackageNotFoundError:
         pytest.skip(f"{name} is not installed; pip install 'timm-dgconv[clients]'")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
@@ -109,7 +104,7 @@ def segment(encoder: str, folder: Path) -> None:
 
 @pytest.mark.client("segmentation-models-pytorch")
 @pytest.mark.parametrize("encoder", ["tu-g_resnext50", "tu-test_g_resnext"])
-def test_segmentation_models(encoder: str, tmp_path: Path) -> None:
+def test_segmentation_models_trains_and_stores_a_unet(encoder: str, tmp_path: Path) -> None:
     alone(segment, encoder, tmp_path)
 
 
@@ -211,7 +206,7 @@ def detect_backbone() -> None:
 
 
 @pytest.mark.client("transformers")
-def test_transformers_backbone() -> None:
+def test_transformers_has_the_features_of_a_backbone() -> None:
     alone(detect_backbone)
 
 
@@ -343,7 +338,7 @@ def fit_with_fastai(folder: Path) -> None:
 
 
 @pytest.mark.client("fastai")
-def test_fastai(tmp_path: Path) -> None:
+def test_fastai_trains_and_exports_a_learner(tmp_path: Path) -> None:
     alone(fit_with_fastai, tmp_path)
 
 
@@ -376,38 +371,8 @@ def adapt(folder: Path) -> None:
 
 
 @pytest.mark.client("peft")
-def test_peft(tmp_path: Path) -> None:
+def test_peft_adapts_and_merges_the_1x1_convolutions(tmp_path: Path) -> None:
     alone(adapt, tmp_path)
-
-
-# Storage.
-
-
-def store(folder: Path) -> Weights:
-    import timm
-    from huggingface_hub import PyTorchModelHubMixin
-
-    class Classifier(nn.Module, PyTorchModelHubMixin):
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.body = timm.create_model(name, num_classes=4, zero_init_last=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x)
-
-    if folder.exists():
-        return weights(Classifier.from_pretrained(folder).body)
-    model = Classifier("test_g_resnext")
-    step(model, lambda: cross_entropy(model(images()), torch.arange(4)))
-    model.save_pretrained(folder)
-    return weights(model.body)
-
-
-@pytest.mark.client("huggingface_hub")
-def test_hub_mixin(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    written, read = alone(store, folder), store(folder)
-    assert_close(read, written, rtol=0, atol=0)
 
 
 # Features and explanations.
@@ -430,7 +395,7 @@ def extract() -> None:
 
 
 @pytest.mark.client("torchvision")
-def test_torchvision_feature_extraction() -> None:
+def test_torchvision_extracts_features() -> None:
     alone(extract)
 
 
@@ -440,25 +405,15 @@ def explain_with_grad_cam() -> None:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     model = timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False).eval()
-    x = images(64)
-    layer = model.layer2[-1]
-    with GradCAM(model, [layer]) as cam:
-        maps = cam(x, [ClassifierOutputTarget(label) for label in range(4)])
-    kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, args, output: kept.append(output))
-    logits = model(x)
-    handle.remove()
-    (gradients,) = torch.autograd.grad(logits.diagonal().sum(), kept)
-    expected = (gradients.mean((2, 3), keepdim=True) * kept[0]).sum(1, keepdim=True).relu()
-    for size in ((8, 8), (64, 64)):  # GradCAM normalizes the map before and after resizing it
-        expected = nn.functional.interpolate(expected, size, mode="bilinear")
-        expected = expected - expected.amin((2, 3), keepdim=True)
-        expected = expected / (1e-7 + expected.amax((2, 3), keepdim=True))
-    assert_close(torch.from_numpy(maps), expected[:, 0], rtol=1e-3, atol=1e-3)
+    with GradCAM(model, [model.layer2[-1]]) as cam:
+        maps = cam(images(64), [ClassifierOutputTarget(label) for label in range(4)])
+    assert maps.shape == (4, 64, 64)
+    assert np.isfinite(maps).all()
+    assert maps.any()
 
 
 @pytest.mark.client("grad-cam")
-def test_grad_cam() -> None:
+def test_grad_cam_explains_a_model() -> None:
     alone(explain_with_grad_cam)
 
 
@@ -479,7 +434,7 @@ def explain_with_captum() -> None:
 
 
 @pytest.mark.client("captum")
-def test_captum() -> None:
+def test_captum_attributes_the_outputs() -> None:
     alone(explain_with_captum)
 
 
@@ -502,7 +457,7 @@ def in_form(form: str) -> nn.Module:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
-def test_onnx_runtime(form: str, dynamo: bool, tmp_path: Path) -> None:
+def test_onnx_runtime_computes_the_same(form: str, dynamo: bool, tmp_path: Path) -> None:
     import onnxruntime
 
     model, path = in_form(form), tmp_path / "model.onnx"
@@ -520,7 +475,7 @@ def test_onnx_runtime(form: str, dynamo: bool, tmp_path: Path) -> None:
 @pytest.mark.client("openvino")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("form", ["compact", "deployed"])
-def test_openvino(form: str) -> None:
+def test_openvino_computes_the_same(form: str) -> None:
     """OpenVINO has no rule for the operators that read gates."""
     import openvino
 
@@ -535,8 +490,8 @@ def test_openvino(form: str) -> None:
 @pytest.mark.client("openvino")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_deploy_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of docs/deploy.md runs as one program. OpenVINO computes in bfloat16 on processors that have it."""
+def test_the_page_about_deployment_runs_as_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO computes in bfloat16 on processors that have it."""
     import timm
     from test_docs import DEPLOY, blocks
 
@@ -560,8 +515,7 @@ def run_exported(paths: list[Path]) -> list[list[np.ndarray[Any, Any]]]:
 
 
 @pytest.mark.client("torch")
-def test_torch_export(tmp_path: Path) -> None:
-    """The files run in a process that has imported neither timm nor the layers of this package."""
+def test_exported_files_run_without_timm_and_the_layers_of_this_package(tmp_path: Path) -> None:
     models = [in_form(form) for form in FORMS]
     paths = [tmp_path / f"{form}.pt2" for form in FORMS]
     batch = torch.export.Dim("batch", max=64)
@@ -569,89 +523,3 @@ def test_torch_export(tmp_path: Path) -> None:
         torch.export.save(torch.export.export(model, (images(64),), dynamic_shapes={"x": {0: batch}}), path)
     expected = [[model(images(64, count)).detach().numpy() for count in (1, 4, 7)] for model in models]
     assert_close(alone(run_exported, paths), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.client("torch")
-@pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mode", ["default", "max-autotune"])
-def test_torch_compile(mode: str, form: str) -> None:
-    torch.compiler.reset()
-    models = [in_form(form).train(form != "deployed") for _ in range(2)]
-    compiled = torch.compile(models[1], mode=mode, fullgraph=True)
-    labels = torch.arange(4)
-    for model, callable in zip(models, (models[0], compiled), strict=True):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        cross_entropy(callable(images(64)), labels).backward()
-        optimizer.step()
-    assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-3, atol=1e-4)
-    models = [model.eval() for model in models]
-    with torch.inference_mode():
-        assert_close(compiled(images(64)), models[0](images(64)), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.client("openvino")
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    ("name", "tolerance"),
-    [("torch.compile", 1e-5), ("onnxruntime", 1e-5), ("openvino-float32", 1e-5), ("openvino", 0.05), ("int8", 0.1)],
-)
-def test_runtimes_of_the_benchmark(name: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from runtimes import RUNTIMES
-
-    model, x = in_form("deployed"), images(64)
-    with torch.inference_mode():
-        expected = model(x)
-        outputs = RUNTIMES[name](model, x)(x)
-    assert_close(outputs, expected, rtol=0, atol=tolerance * expected.abs().max().item())
-
-
-@pytest.mark.client("torchao")
-@pytest.mark.slow
-def test_int8_keeps_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
-    """Static quantization of the deployed form, calibrated with training images: eager, and in int8 kernels."""
-    import timm
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
-    from timm.utils import random_seed, reparameterize_model
-    from torchao.quantization.pt2e import allow_exported_model_train_eval
-    from torchao.quantization.pt2e.lowering import lower_pt2e_quantized_to_x86
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-    from timm_dgconv.demo import evaluate, load_digits, train
-
-    random_seed(0)
-    cpu = torch.device("cpu")
-    cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0}
-    model = timm.create_model("test_g_resnext", num_classes=10, pretrained_cfg_overlay=cfg)
-    loader, held_out = load_digits(timm.data.resolve_model_data_config(model), 0, cpu)
-    *_, last = train(model, loader, held_out, 15, cpu)
-    deployed = reparameterize_model(model).eval()
-
-    batch = torch.export.Dim("batch", max=1024)
-    graph = torch.export.export(deployed, (images(),), dynamic_shapes={"x": {0: batch}}).module()
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared: Any = prepare_pt2e(graph, quantizer)
-    with torch.no_grad():
-        for x, _ in loader:
-            prepared(x)
-    quantized: Any = allow_exported_model_train_eval(convert_pt2e(prepared))
-    held_out = [tuple(map(torch.cat, zip(*held_out, strict=True)))]
-    kernels: Any = allow_exported_model_train_eval(lower_pt2e_quantized_to_x86(quantized, held_out[0][:1]))
-    layers = [module for module in deployed.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    weights = [node for node in quantized.graph.nodes if "dequantize_per_channel" in str(node.target)]
-    assert len(weights) == len(layers)
-
-    top1 = {
-        "trained": last["top1"],
-        "deployed": evaluate(deployed, held_out, cpu)[0],
-        "int8": evaluate(quantized, held_out, cpu)[0],
-        "int8 kernels": evaluate(kernels, held_out, cpu)[0],
-    }
-    with capsys.disabled():
-        print(
-            f"\nheld-out digits, top-1 in percent: {', '.join(f'{form} {value:.2f}' for form, value in top1.items())}"
-        )
-    assert last["top1"] > 90
-    assert max(top1.values()) - min(top1.values()) <= 1

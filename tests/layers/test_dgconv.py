@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ import onnx.reference
 import pytest
 import torch
 from conftest import DEVICES, conv_with, run_ranks
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d
-from timm_dgconv.layers import grouping
-from timm_dgconv.layers.dgconv import PRETRAINED_GATE
+from timm_dgconv import DGConv2d, compact, groupable, skipped_convs
+from timm_dgconv.ops import algebra, grouped, naive
+
+FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]
+
+forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 jit_is_deprecated = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
@@ -30,12 +33,12 @@ jit_is_deprecated = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("channels", [(16, 16), (32, 16), (12, 20), (6, 10)])
-def test_is_a_group_convolution(channels: tuple[int, int]) -> None:
-    conv = DGConv2d(*channels, 3, stride=2, padding=1, sort=True)
-    assert conv.gate.shape == (grouping.num_bits(*channels),)
+def test_a_layer_is_a_group_convolution(channels: tuple[int, int]) -> None:
+    conv = DGConv2d(*channels, 3, stride=2, padding=1)
+    assert conv.gate.shape == (algebra.num_bits(*channels),)
     fixed = nn.Conv2d(*channels, 3, stride=2, padding=1, groups=conv.num_groups)
     with torch.no_grad():
-        fixed.weight.copy_(grouping.group_blocks(conv.weight, conv.num_groups).flatten(0, 1))
+        fixed.weight.copy_(grouped.diagonal_blocks(conv.weight, conv.num_groups).flatten(0, 1))
         fixed.bias.copy_(conv.bias)
     x = torch.randn(2, channels[0], 5, 4)
     assert_close(conv(x), fixed(x))
@@ -51,26 +54,32 @@ def test_initial_gates_come_from_the_generator() -> None:
     assert 0.4 < float((many > 0).float().mean()) < 0.6
 
 
-def test_meta_device() -> None:
+def test_a_layer_on_the_meta_device_has_shapes_and_no_groups() -> None:
     conv = DGConv2d(8, 8, 3, device="meta", dtype=torch.bfloat16)
     assert conv.gate.is_meta
     assert conv.gate.dtype == torch.bfloat16
     assert conv(torch.empty(1, 8, 5, 5, device="meta", dtype=torch.bfloat16)).shape == (1, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="on the meta device and have no values; load weights first"):
+        conv.num_groups  # noqa: B018
     conv = conv.to_empty(device="cpu")
     conv.reset_parameters()
     assert conv.connectivity().shape == (8, 8)
 
 
-def test_unbatched_and_string_padding() -> None:
+def test_an_image_without_a_batch() -> None:
     conv = DGConv2d(8, 8, 3, padding="same")
     x = torch.randn(8, 5, 5)
     assert_close(conv(x), conv(x[None])[0])
     assert conv(x).shape == x.shape
 
 
-def test_copies() -> None:
-    conv = conv_with("0011", sort=True)
-    other = DGConv2d(16, 16, 3, sort=True)
+REPR = "DGConv2d(16, 16, kernel_size=(3, 3), stride=(1, 1){})"
+
+
+@pytest.mark.parametrize(("form", "shown"), [(FORMS[0], ""), (FORMS[1], ", nested=False"), (FORMS[2], ", sort=False")])
+def test_copies_have_the_groups_and_the_form_of_the_layer(form: dict[str, Any], shown: str) -> None:
+    conv = conv_with("0011", **form)
+    other = DGConv2d(16, 16, 3, nested=conv.nested)
     other.load_state_dict(conv.state_dict())
     file = io.BytesIO()
     torch.save(conv, file)
@@ -79,18 +88,18 @@ def test_copies() -> None:
     for copied in [other, copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), torch.load(file, weights_only=False)]:
         assert torch.equal(copied(x), conv(x))
         assert copied.num_groups == conv.num_groups == 4
-        assert repr(copied) == "DGConv2d(16, 16, kernel_size=(3, 3), stride=(1, 1), sort=True)"
+        assert repr(copied) == REPR.format(shown)
+        assert [name for name, _ in copied.named_parameters()] == [name for name, _ in conv.named_parameters()]
 
 
-def test_unpickled_in_a_process_without_training(tmp_path: Path) -> None:
-    """A layer alone loads no training code and registers no hooks of optimizers."""
+def test_a_layer_alone_loads_no_training_code(tmp_path: Path) -> None:
     (tmp_path / "conv.pickle").write_bytes(pickle.dumps(conv_with("0011")))
     script = """
         import pickle, sys
         with open("conv.pickle", "rb") as file:
             assert pickle.load(file).num_groups == 4
         used = {name.split(".")[1] for name in sys.modules if name.startswith("timm_dgconv.")}
-        assert used == {"_autoload", "_compat", "layers"}, used
+        assert used == {"_autoload", "_compat", "layers", "ops"}, used
         from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
         assert not _global_optimizer_pre_hooks
         assert not _global_optimizer_post_hooks
@@ -129,18 +138,80 @@ SHARDED = """
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-def test_gates_that_fsdp_has_sharded(use_orig_params: bool, tmp_path: Path) -> None:
+def test_gates_that_fsdp_has_sharded_are_not_guessed(use_orig_params: bool, tmp_path: Path) -> None:
     """Only a process that holds all gates of a layer knows its number of groups."""
     run_ranks(tmp_path, SHARDED, str(use_orig_params))
 
 
-# Dtypes.
+# Forms
+
+
+@forms
+def test_the_name_of_the_gates_says_how_they_are_read(form: dict[str, Any]) -> None:
+    conv = DGConv2d(16, 16, 3, **form)
+    name = "sorted_gate" if conv.sort else "unsorted_gate"
+    assert [n for n, _ in conv.named_parameters()] == ["weight", "bias", name]
+    assert conv.gate is conv.get_parameter(name)
+    with pytest.raises((AttributeError, KeyError)):  # not another parameter that nothing reads
+        conv.gate = nn.Parameter(torch.zeros(4))  # type: ignore[misc]
+    gate, sort = conv.gate, conv.sort
+    for other in (not sort, not sort, sort):
+        conv.set_sort(other)
+        assert conv.gate is gate
+        assert list(conv.state_dict()) == ["weight", "bias", "sorted_gate" if other else "unsorted_gate"]
+
+
+@forms
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("closed", ["0000", "1100", "0101", "1011", "1111"])
+def test_a_layer_becomes_a_plain_convolution(
+    closed: str, memory_format: torch.memory_format, form: dict[str, Any]
+) -> None:
+    conv = conv_with(closed, 48, 16, padding="same", padding_mode="circular", dtype=torch.float64, **form)
+    conv = conv.to(memory_format=memory_format).eval()
+    conv.weight.requires_grad_(False)
+    conv.register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(2, 48, 5, 4, dtype=torch.float64)
+    before = {name: value.clone() for name, value in conv.state_dict().items()}
+    for small in (conv.to_group_conv(), conv.fuse(), compact(conv)):
+        assert type(small) is nn.Conv2d
+        assert_close(small(x), conv(x))
+        assert small.groups == (conv.num_groups if conv.sort else 2 ** [*closed, "0"].index("0"))
+        assert small.weight.numel() == conv.weight.numel() // small.groups
+        assert small.weight.is_contiguous(memory_format=memory_format)
+        assert small.weight.untyped_storage().data_ptr() != conv.weight.untyped_storage().data_ptr()
+        assert (small.weight.requires_grad, small.bias.requires_grad, small.training) == (False, True, False)
+        assert vars(small).keys() == vars(nn.Conv2d(2, 2, 1)).keys()
+    assert_close(conv.state_dict(), before)
+
+
+def test_a_layer_becomes_a_convolution_with_any_number_of_groups() -> None:
+    conv = DGConv2d(12, 24, 3, device="meta")
+    assert conv.to_group_conv(6).weight.shape == (24, 2, 3, 3)
+    with pytest.raises(ValueError, match="groups=5 does not divide the 12 -> 24 channels"):
+        conv.to_group_conv(5)
+
+
+@pytest.mark.parametrize("groups", [None, 1, 8, 16])
+def test_gates_are_initialised_with_a_number_of_groups(groups: int | None) -> None:
+    conv = DGConv2d(16, 16, 3)
+    conv.reset_gate(groups)
+    assert groups is None or conv.num_groups == groups
+    assert set(conv.gate.abs().tolist()) == {float(torch.tensor(1e-8 if groups is None else 0.01))}
+    for wrong in (3, 32, 0):
+        with pytest.raises(ValueError, match=f"groups={wrong} must be a power of two and at most 16"):
+            conv.reset_gate(wrong)
+
+
+# Dtypes
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_dtypes(device: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_results_have_the_dtype_and_format_of_the_input(
+    device: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     torch.manual_seed(0)
     conv = conv_with("0011", padding=1).to(device, dtype, memory_format=memory_format)
     x = torch.randn(2, 16, 6, 6).to(device, dtype).to(memory_format=memory_format).requires_grad_()
@@ -177,7 +248,7 @@ def test_output_can_be_changed_in_place(gate: tuple[int, ...], memory_format: to
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(device: str, dtype: torch.dtype) -> None:
+def test_autocast_computes_in_lower_precision(device: str, dtype: torch.dtype) -> None:
     conv = conv_with("0011", padding=1).to(device)
     x = torch.randn(2, 16, 6, 6, device=device)
     with torch.autocast(device, dtype):
@@ -197,13 +268,14 @@ def test_half_and_back_keeps_the_groups(dtype: torch.dtype) -> None:
         assert layer.closed == closed
 
 
-# Graphs.
+# Graphs
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sort", [False, True])
-def test_compile(device: str, sort: bool) -> None:
-    conv = conv_with("0011", padding=1, sort=sort).to(device)
+@forms
+def test_compiled_gates_are_data(device: str, form: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    conv = conv_with("0011", padding=1, **form).to(device)
     x = torch.randn(2, 16, 6, 6, device=device, requires_grad=True)
     compiled = torch.compile(conv, fullgraph=True)
     grads = []
@@ -219,10 +291,10 @@ def test_compile(device: str, sort: bool) -> None:
 
 
 @jit_is_deprecated
-@pytest.mark.parametrize("sort", [False, True])
+@forms
 @pytest.mark.parametrize("how", ["script", "trace", "fx", "fx+script", "export"])
-def test_graphs(how: str, sort: bool) -> None:
-    conv = conv_with("0011", padding=1, sort=sort)
+def test_gates_are_data_in_graphs(how: str, form: dict[str, Any]) -> None:
+    conv = conv_with("0011", padding=1, **form)
     x = torch.randn(2, 16, 6, 6)
     if how == "script":
         graph = torch.jit.script(conv)
@@ -230,7 +302,7 @@ def test_graphs(how: str, sort: bool) -> None:
         graph = torch.jit.trace(conv, x)
     elif how == "fx":
         graph = torch.fx.symbolic_trace(conv)
-        assert [n.target for n in graph.graph.nodes if n.op == "call_function"].count(grouping.connectivity) == 1
+        assert [n.target for n in graph.graph.nodes if n.op == "call_function"].count(naive.connectivity) == 1
     elif how == "fx+script":
         graph = torch.jit.script(torch.fx.symbolic_trace(conv))
     else:
@@ -245,8 +317,9 @@ def test_graphs(how: str, sort: bool) -> None:
 
 
 @jit_is_deprecated
-def test_saved_graphs() -> None:
-    conv = conv_with("0011", padding=1)
+@forms
+def test_saved_graphs_compute_the_same(form: dict[str, Any]) -> None:
+    conv = conv_with("0011", padding=1, **form)
     x = torch.randn(2, 16, 6, 6)
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(conv), file)
@@ -261,15 +334,23 @@ def test_saved_graphs() -> None:
     assert graph(x.repeat(3, 1, 1, 1)).shape[0] == 6
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("sort", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
-def test_onnx(dynamo: bool, dtype: torch.dtype, sort: bool, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*instance-level annotations"
+)
+@pytest.mark.parametrize(
+    ("dynamo", "dtype", "form"),
+    [
+        (True, torch.float16, {}),
+        pytest.param(True, torch.float32, {"sort": False}, marks=pytest.mark.slow),
+        *((False, dtype, form) for dtype in (torch.float32, torch.float16) for form in FORMS),
+    ],
+    ids=str,
+)
+def test_onnx_reads_the_sign_bit(dynamo: bool, dtype: torch.dtype, form: dict[str, Any], tmp_path: Path) -> None:
     """ONNX has no operation that reads the sign bit, and in half precision these gates are +-0.0."""
     if dynamo and torch.__version__ < (2, 6):
         pytest.skip("its exporter wants another onnxscript")
-    conv = conv_with("11", 12, 20, padding=1, sort=sort).to(dtype).eval()
+    conv = conv_with("11", 12, 20, padding=1, **form).to(dtype).eval()
     with torch.no_grad():
         conv.gate[0].neg_()
     x, path = torch.randn(2, 12, 6, 6).to(dtype), tmp_path / "conv.onnx"
@@ -280,74 +361,147 @@ def test_onnx(dynamo: bool, dtype: torch.dtype, sort: bool, tmp_path: Path) -> N
         return torch.from_numpy(graph.run(None, {graph.input_names[0]: x.numpy()})[0])
 
     assert_close(output(), conv(x).detach(), rtol=1e-2, atol=1e-2)
-    with torch.no_grad():
-        conv.gate[1] = math.nan
-    assert output().isnan().all()
+    if not dynamo:
+        with torch.no_grad():
+            conv.gate[1] = math.nan
+        assert output().isnan().all()
 
 
-# State dicts.
+# What users change
 
 
-def test_loads_the_format_of_the_original_release() -> None:
-    conv = DGConv2d(16, 16, 3)
-    gate, weight = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.randn(16, 16, 3, 3)
-    state_dict = {
-        "conv.weight": weight,
-        "conv.bias": torch.randn(16),
-        "gate": gate,
-        "D": torch.eye(2),
-        "I": torch.ones(2, 2),
-    }
-    conv.load_state_dict(state_dict)
-    assert torch.equal(conv.weight, weight)
-    assert torch.equal(conv.gate, gate)
-    assert set(state_dict) == {"conv.weight", "conv.bias", "gate", "D", "I"}, "the caller's dict stays as it is"
-    assert set(conv.state_dict()) == {"weight", "bias", "gate"}
+@forms
+@pytest.mark.parametrize("when", ["constructed", "set later", "constructed, then compact", "compact, then set"])
+@pytest.mark.parametrize("padding", [(2, 1), "same"])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_mode_holds_whenever_it_is_set(mode: str, padding: Any, when: str, form: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    given = {"padding_mode": mode} if when.startswith("constructed") else {}
+    conv = conv_with("0110", padding=padding, **given, **form).double()
+    unpadded = DGConv2d(16, 16, 3, dtype=torch.float64, **form)
+    unpadded.load_state_dict(conv.state_dict())
+    layer = compact(conv) if "compact" in when else conv
+    if "set" in when:
+        layer.padding_mode = mode  # type: ignore[assignment]
+    x = torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    height, width = (1, 1) if padding == "same" else padding
+    y, expected = layer(x), unpadded.masked_dense(F.pad(x, (width, width, height, height), mode))
+    assert_close(y, expected)
+    if layer is conv:
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert_close([p.grad for p in conv.parameters()], [p.grad for p in unpadded.parameters()])
 
 
-@given(st.sampled_from([(16, 16), (48, 96), (24, 8)]), st.integers(0, 3), st.booleans(), st.integers(0, 2**31))
-def test_loads_a_group_convolution(channels: tuple[int, int], closed: int, sort: bool, seed: int) -> None:
-    torch.manual_seed(seed)
-    fixed = nn.Conv2d(*channels, 3, groups=2**closed)
-    conv = DGConv2d(*channels, 3, sort=sort)
-    fresh = conv.weight.detach().clone()
-    conv.load_state_dict(fixed.state_dict())
-    assert conv.num_groups == 2**closed
-    outside = conv.connectivity() == 0
-    assert torch.equal(conv.weight[outside], fresh[outside])
-    assert (conv.gate.abs() == PRETRAINED_GATE).all()
-    x = torch.randn(1, channels[0], 5, 5)
-    assert_close(conv(x), fixed(x), rtol=1e-4, atol=1e-5)
+def count_groups(conv: DGConv2d) -> None:
+    conv.num_groups  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"gate": torch.zeros(5)}, r"0: the checkpoint has 5 gates of shape \(5,\), expected 4 for 16 -> 16 channels"),
-        ({"gate": "open"}, r'"0\.gate".*expected torch\.Tensor'),
-        ({"gate": None, "weight": None}, r'"0\.weight".*expected torch\.Tensor'),
-        ({"bias": torch.zeros(3)}, r"size mismatch for 0\.bias"),
-        ({"more": torch.zeros(3)}, r'Unexpected key\(s\) in state_dict: "0\.more"'),
-    ],
-    ids=["length of gate", "gate", "weight", "bias", "unexpected"],
-)
-def test_refuses_state_dicts(change: dict[str, Any], why: str) -> None:
-    model = nn.Sequential(DGConv2d(16, 16, 3))
-    state_dict = {**model.state_dict(), **{f"0.{name}": value for name, value in change.items()}}
-    with pytest.raises(RuntimeError, match=rf"(?s)Error\(s\) in loading state_dict for Sequential.*{why}"):
-        model.load_state_dict(state_dict)
+def run(conv: DGConv2d) -> None:
+    conv(torch.randn(1, conv.in_channels, 5, 5))
 
 
-# Bad input.
+@forms
+@pytest.mark.parametrize("use", [count_groups, run])
+@pytest.mark.parametrize("channels", [8, 12, 16])  # 16 of 48 channels have as many gates
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_layer_whose_channels_were_changed_under_it_says_so(
+    side: str, channels: int, use: Callable[[DGConv2d], Any], form: dict[str, Any]
+) -> None:
+    conv = conv_with("0110", 48, 48, **form)
+    if side == "input":
+        conv.in_channels, conv.weight = channels, nn.Parameter(conv.weight.detach()[:, :channels].clone())
+    else:
+        conv.out_channels, conv.weight = channels, nn.Parameter(conv.weight.detach()[:channels].clone())
+        conv.bias = nn.Parameter(conv.bias.detach()[:channels].clone())
+    with pytest.raises((RuntimeError, ValueError), match="channels") as error:
+        use(conv)
+    assert "FullyShardedDataParallel" not in str(error.value)
+
+
+def own_forward(conv: Any) -> None:
+    forward = conv.forward
+    conv.forward = lambda input: 2 * forward(input)
+
+
+def own_conv_forward(conv: Any) -> None:
+    """Users let pictures repeat so: torch.nn.Conv2d calls this method with its weight."""
+    convolve = conv._conv_forward
+    conv._conv_forward = lambda input, weight, bias: 2 * convolve(input, weight, bias)
+
+
+def two_convs(**kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    convs = {name: nn.Conv2d(16, 16, 3, padding=1, **kwargs) for name in ("first", "second")}
+    return nn.Sequential(OrderedDict(convs)).double()
+
+
+@forms
+@pytest.mark.parametrize("change", [own_forward, own_conv_forward])
+def test_a_convolution_with_a_forward_of_its_own_is_not_converted(
+    change: Callable[[nn.Conv2d], None], form: dict[str, Any]
+) -> None:
+    model, x = two_convs(), torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    change(model.first)
+    expected = model(x)
+    assert "first" in skipped_convs(model)
+    with pytest.raises(ValueError, match="first"):
+        groupable(model, where=lambda name, conv: True, **form)
+    groupable(model, **form)
+    assert type(model.first) is nn.Conv2d
+    assert isinstance(model.second, DGConv2d)
+    assert_close(model(x), expected)
+
+
+@forms
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("names", [("weight",), ("weight", "bias")], ids=str)
+def test_tied_convolutions_stay_tied(names: tuple[str, ...], groups: int, form: dict[str, Any]) -> None:
+    """Tied layers are one function, so their gates are tied, too, if they learn their groups."""
+    model, x = two_convs(groups=groups), torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    model.third = nn.Conv2d(16, 16, 3, padding=1, dtype=torch.float64)  # to convert if tied ones are not
+    for name in names:
+        setattr(model.second, name, getattr(model.first, name))
+    expected = model(x)
+    groupable(model, **form)
+    assert_close(model(x), expected)
+    apart = [name for name, _ in model.named_parameters() if name.startswith("second.")]
+    assert apart == [f"second.{name}" for name in ("weight", "bias") if name not in names]
+
+
+def larger(grad: Tensor) -> None:
+    grad.resize_(2 * grad.numel())
+
+
+def released(grad: Tensor) -> None:
+    """As FullyShardedDataParallel does."""
+    grad.untyped_storage().resize_(0)
+
+
+@forms
+@pytest.mark.parametrize("change", [larger, released])
+def test_the_memory_of_a_gradient_can_be_resized(change: Callable[[Tensor], None], form: dict[str, Any]) -> None:
+    conv, x = conv_with("111100", 64, 64, **form), torch.randn(2, 64, 5, 5)
+    for _ in range(2):
+        conv.zero_grad()
+        conv(x).square().sum().backward()
+        first = conv.weight.grad.clone()
+        change(conv.weight.grad)
+    conv.zero_grad()
+    conv(x).square().sum().backward()
+    assert_close(conv.weight.grad, first)
+
+
+# Bad input
 
 
 @pytest.mark.parametrize(("args", "named"), [((3, 3), "in_channels=3"), ((16, 15), "out_channels=15")])
-def test_refuses_odd_channels(args: tuple[int, int], named: str) -> None:
+def test_odd_channels_are_refused(args: tuple[int, int], named: str) -> None:
     with pytest.raises(ValueError, match=rf"{named}.*even"):
         DGConv2d(*args, 3)
 
 
-def test_refuses_groups() -> None:
+def test_a_fixed_number_of_groups_is_refused() -> None:
     with pytest.raises(TypeError, match=r"groups=32.*torch.nn.Conv2d"):
         DGConv2d(64, 64, 3, groups=32)
     with pytest.raises(TypeError, match="positional"):

@@ -1,319 +1,443 @@
-"""The compact form (`timm_dgconv.compact`) and the deployed form (`timm.utils.reparameterize_model`)."""
+"""The compact form (`timm_dgconv.compact`) and the deployed form (`timm.utils.reparameterize_model`).
+
+They compute the same in any network, of modules whose types any tool knows.
+"""
 
 import copy
 import inspect
 import io
-import pickle
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import trained
+from conftest import gates, trained
 from timm.layers import BatchNormAct2d, BlurPool2d, FrozenBatchNormAct2d, create_act, create_norm, create_norm_act
-from timm.models import FeatureListNet
 from timm.utils import reparameterize_model
-from timm_dgconv.models.channel_orders import EQUIVARIANT
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, compact, layer_groups
-from timm_dgconv.models.compact import group_layers
+from timm_dgconv import DGConv2d, compact, groupable, layer_groups
 
-PLAIN = {"Conv2d", "Identity", "ReLU", "MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"}
-
-
-def kinds(model: nn.Module) -> set[str]:
-    return {type(module).__name__ for module in model.modules() if not list(module.children())}
+FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]
+EVERY_FORM = pytest.mark.parametrize("form", FORMS, ids=["nested", "sorted", "unsorted"])
+SORTED_OR_NOT = pytest.mark.parametrize("form", [{}, {"sort": False}], ids=["nested", "unsorted"])
+BOTH = pytest.mark.parametrize("form_of", [compact, reparameterize_model], ids=["compact", "deployed"])
 
 
-def num_orders(model: nn.Module) -> int:
-    """Number of times that the GroupConv2d layers of a compact model reorder channels."""
-    return sum(conv.num_orders() for conv in group_layers(model).values())
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def x() -> torch.Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def images(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size, dtype=torch.float64)
 
 
+def learned(model: nn.Module) -> nn.Module:
+    """Gates whose groups are not contiguous if they are not sorted, and other numbers in each channel."""
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(torch.tensor([1.0, -1.0] * 8)[: len(gate)])
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 2)
+        for name, value in model.named_parameters():
+            if value.ndim == 1 and not name.endswith("gate"):
+                value.uniform_(0.5, 2)
+    return model.double().eval()
+
+
+def types(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def plain_types(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: nn.Conv2d if kind is DGConv2d else kind for name, kind in types(model).items()}
+
+
+# The same function
+
+NETWORKS: list[tuple[str, dict[str, Any]]] = [
+    ("test_g_resnext", {}),
+    ("test_g_resnext", {"groups": [4, 1, 8, 2]}),
+    ("test_g_resnext", {"features_only": True}),
+    ("test_g_resnext", {"stem_type": "deep", "avg_down": True}),
+    ("test_g_resnext", {"stem_type": "deep_tiered", "replace_stem_pool": True, "down_kernel_size": 3}),
+    ("test_g_resnext", {"block_args": {"attn_layer": "se"}}),
+    ("test_g_resnext", {"block_args": {"attn_layer": "eca"}}),
+    ("test_g_resnext", {"aa_layer": BlurPool2d, "drop_block_rate": 0.1, "act_layer": "prelu"}),
+    ("test_g_resnext", {"drop_path_rate": 0.1, "output_stride": 8, "block_reduce_first": 2}),
+    ("test_g_resnext", {"norm_layer": BatchNormAct2d}),
+    ("test_g_resnext", {"norm_layer": partial(FrozenBatchNormAct2d, apply_act=False)}),
+    ("test_g_resnext", {"norm_layer": "layernorm2d"}),
+    ("test_g_resnext", {"norm_layer": partial(nn.BatchNorm2d, track_running_stats=False)}),
+    ("test_g_resnet", {}),
+    ("test_g_resnet", {"features_only": True, "aa_layer": BlurPool2d}),
+    ("g_densenet121", {"block_config": (2, 2, 2, 2)}),
+]
+
+
+@EVERY_FORM
+@pytest.mark.parametrize(("name", "kwargs"), NETWORKS, ids=str)
+def test_networks_of_this_package_compute_the_same(name: str, kwargs: dict[str, Any], form: dict[str, Any]) -> None:
+    model = trained(name, **form, **kwargs).double()
+    x, before = images(64), copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model).eval()(x)
+    small, deployed = compact(model), reparameterize_model(model)
+    assert small.training
+    assert types(small) == plain_types(model)
+    again = small if "features_only" in kwargs else compact(small)
+    for other in (small, deployed, reparameterize_model(small), again):
+        assert_close(other.eval()(x), expected, rtol=1e-10, atol=1e-10)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    names = [name for name, module in deployed.named_modules() if getattr(module, "running_mean", None) is not None]
+    assert name == "g_densenet121" or all(norm.startswith(("bn1", "conv1", "maxpool")) for norm in names), (
+        "only the stem's is left"
+    )
+    if "groups" not in kwargs:
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    if not kwargs:
+        model.eval()
+        assert_close(small.forward_features(x), model.forward_features(x))
+        assert_close(small.forward_intermediates(x), model.forward_intermediates(x))
+        assert_close(small.train()(x), model.train()(x))
+
+
+@SORTED_OR_NOT
+@pytest.mark.parametrize("name", ["test_resnet", "resnet18", "test_efficientnet", "hrnet_w18_small"])
+def test_a_converted_network_computes_the_same_and_has_the_types_of_its_source(name: str, form: dict[str, Any]) -> None:
+    source = timm.create_model(name, num_classes=3)
+    model, x = learned(groupable(copy.deepcopy(source), **form)), images(64)
+    small = compact(model)
+    assert types(small) == types(source)
+    for other in (small, reparameterize_model(model)):
+        assert_close(other(x), model(x))
+    assert_close(small.forward_intermediates(x), model.forward_intermediates(x))
+    assert_close(small.train()(x), model.train()(x))
+
+
+class Net(nn.Module):
+    """A bottleneck, whose middle learns its groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 8, 1)
+        self.side = nn.Conv2d(3, 16, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+
+
+class InPlace(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x))
+        y.add_(self.side(x))
+        return self.conv3(y)
+
+
+class Out(Net):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x))
+        torch.add(y, self.side(x), out=y)
+        return self.conv3(y)
+
+
+class OptionalArgument(Net):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = self.conv2(self.conv1(x))
+        return self.conv3(y if skip is None else y + skip)
+
+
+class UsedWeight(Net):
+    """An autoencoder, which decodes with the weight of its encoder."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x))
+        return F.conv_transpose2d(y.exp(), self.conv1.weight)
+
+
+class TiedStatistics(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn3 = nn.BatchNorm2d(16)
+        self.double()  # makes new buffers
+        self.bn3.running_mean = self.bn2.running_mean
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), self.bn3(self.side(x))
+
+
+class Keeping(Net):
+    """Its loss reads the attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.conv2(self.conv1(x))
+        return self.conv3(self.hidden)
+
+
+class ActivationInNorm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn2 = BatchNormAct2d(16, act_layer=nn.PReLU, act_kwargs={"num_parameters": 16})
+
+
+class SharedWeight(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv4 = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv4.weight = self.conv2.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv4(F.relu(self.conv2(self.conv1(x)))))
+
+
+@SORTED_OR_NOT
 @pytest.mark.parametrize(
-    ("kwargs", "others"),
-    [
-        ({}, []),
-        ({"groups": [4, 1, 8, 2]}, []),
-        ({"features_only": True}, []),
-        ({"block_args": {"sort": True}}, []),
-        ({"stem_type": "deep", "avg_down": True}, ["AvgPool2d"]),
-        ({"stem_type": "deep_tiered", "replace_stem_pool": True, "down_kernel_size": 3}, []),
-        ({"block_args": {"attn_layer": "se"}}, ["Sigmoid"]),
-        ({"block_args": {"attn_layer": "eca"}}, ["Conv1d", "Sigmoid"]),
-        (
-            {"aa_layer": BlurPool2d, "drop_block_rate": 0.1, "act_layer": "prelu"},
-            ["BlurPool2d", "DropBlock2d", "PReLU"],
-        ),
-        ({"drop_block_rate": 0.1, "drop_path_rate": 0.1}, ["DropBlock2d", "DropPath"]),
-        ({"output_stride": 8}, []),
-        ({"block_reduce_first": 2}, []),
-        ({"norm_layer": BatchNormAct2d}, []),
-        ({"norm_layer": partial(FrozenBatchNormAct2d, apply_act=False)}, []),
-        ({"norm_layer": "layernorm2d"}, ["LayerNorm2d"]),
-        ({"norm_layer": partial(nn.BatchNorm2d, track_running_stats=False)}, ["BatchNorm2d"]),
-    ],
-    ids=str,
+    "kind", [InPlace, Out, OptionalArgument, UsedWeight, TiedStatistics, Keeping, ActivationInNorm, SharedWeight]
 )
-@pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-def test_is_the_same_function(kwargs: dict[str, Any], others: list[str], in_eval: bool, x: torch.Tensor) -> None:
-    model = trained(**kwargs).double().train(not in_eval)
-    before = copy.deepcopy(model.state_dict())
-    for form_of in (compact, reparameterize_model):
-        form = form_of(model)
-        again = form_of(form).eval()
-        form.eval()
-        assert_close(form(x.double()), copy.deepcopy(model).eval()(x.double()), rtol=1e-10, atol=1e-10)
-        assert_close(again(x.double()), form(x.double()), rtol=0, atol=0)
-        assert_close(model.state_dict(), before, rtol=0, atol=0)
-        assert "DGConv2d" not in kinds(form)
-        if form_of is reparameterize_model:
-            assert kinds(form) <= PLAIN | set(others)
-        if "groups" not in kwargs:
-            assert sum(p.numel() for p in form.parameters()) < sum(p.numel() for p in model.parameters())
+def test_networks_that_are_hard_to_trace_compute_the_same(kind: type[Net], form: dict[str, Any]) -> None:
+    model = learned(groupable(kind(), **form))
+    small, x = compact(model), images(6)
+    args = (x, torch.randn(2, 16, 6, 6).double()) if kind is OptionalArgument else (x,)
+    assert_close(small(*args), model(*args))
+    if kind is Keeping:
+        assert_close(small.hidden, model.hidden)
+    if kind is SharedWeight:
+        assert small.conv4.weight is small.conv2.weight
+    if kind is TiedStatistics:
+        assert small.bn3.running_mean is small.bn2.running_mean
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"features_only": True}, {"aa_layer": BlurPool2d, "drop_block_rate": 0.1}], ids=str
-)
-def test_basic_blocks_are_the_same_function(kwargs: dict[str, Any], x: torch.Tensor) -> None:
-    """They keep the orders of channels at the residual stream."""
-    model = trained("test_g_resnet", **kwargs).double().eval()
-    form, deployed = compact(model), reparameterize_model(model)
-    for other in (form, deployed, reparameterize_model(form)):
-        assert_close(other(x.double()), model(x.double()), rtol=1e-10, atol=1e-10)
-        assert 0 < num_orders(other) < sum(conv.to_group_conv().num_orders() for conv in group_layers(model).values())
-    assert "BatchNorm2d" not in kinds(deployed)
+# Orders of channels, which unsorted groups need. They move into the neighbours of a bottleneck's convolution.
+
+MOVE = {"batchnorm", "batchnorm-act", *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "mish")}
+STAY = {"groupnorm", "groupnorm-act", *(f"evonorm{kind}-act" for kind in ("s0", "s0a", "s1", "s1a", "s2", "s2a"))}
+
+
+def has_moved(model: Any, small: Any) -> bool:
+    """Whether the compact convolution has the groups of the learned one, and no zeros between them."""
+    assert not all(model.layer3[0].conv2.closed[: sum(model.layer3[0].conv2.closed)]), "contiguous without a move"
+    return small.layer3[0].conv2.groups == model.layer3[0].conv2.num_groups
+
+
+def test_orders_move_through_the_norms_and_activations_that_are_known() -> None:
+    norms = {**create_norm._NORM_MAP, **{f"{name}-act": norm for name, norm in create_norm_act._NORM_ACT_MAP.items()}}
+    layers: dict[str, dict[str, Any]] = {name: {"act_layer": name} for name in set().union(*create_act._ACT_LAYERS)}
+    for name, norm in norms.items():
+        counts = {"groups", "num_groups"} & set(inspect.signature(norm).parameters)
+        layers[name] = {"norm_layer": partial(norm, **dict.fromkeys(counts, 4)) if counts else norm}
+    x, moved, left = images(), set(), set()
+    for name, kwargs in layers.items():
+        try:
+            model = learned(timm.create_model("test_g_resnext", sort=False, num_classes=3, **kwargs))
+            expected = model(x)
+        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError):
+            continue  # not for images, of an optional package, or without the arguments that timm's ResNet passes
+        small = compact(model)
+        for other in (small, reparameterize_model(model)):
+            assert_close(other(x), expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        (moved if has_moved(model, small) else left).add(name)
+    assert moved >= MOVE
+    assert left >= STAY
+
+
+def tie(block: Any) -> None:
+    block.conv3.weight = nn.Parameter(block.conv3.weight)
+    block.downsample[0].tied = block.conv3.weight
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda block: None,
+    "a longer conv1": lambda block: setattr(block, "conv1", nn.Sequential(block.conv1, nn.Conv2d(48, 48, 1))),
+    "a longer conv3": lambda block: setattr(block, "conv3", nn.Sequential(nn.Conv2d(48, 48, 1), block.conv3)),
+    "groups before": lambda block: setattr(block, "conv1", nn.Conv2d(128, 48, 1, groups=4)),
+    "groups after": lambda block: setattr(block, "conv3", nn.Conv2d(48, 192, 1, groups=4)),
+    "a hook": lambda block: block.bn1.register_forward_hook(
+        lambda module, args, y: y * torch.arange(48)[:, None, None]
+    ),
+    "a tied weight": tie,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("change", CHANGES)
+def test_orders_move_into_plain_neighbours_only(change: str, form_of: Callable[[nn.Module], Any]) -> None:
+    model = trained(sort=False)
+    CHANGES[change](model.layer3[0])
+    model, x = learned(model), images()
+    assert_close(form_of(model)(x), model(x))
+    assert has_moved(model, compact(model)) == (change == "nothing")
 
 
 # The compact form
 
 
-def test_round_trip_and_training(x: torch.Tensor) -> None:
-    model = trained().eval()
-    form = compact(model)
-    groups = layer_groups(model)
-    assert layer_groups(form) == groups
+@EVERY_FORM
+def test_a_compact_model_is_built_again_from_its_groups_and_goes_back_into_gates(form: dict[str, Any]) -> None:
+    model, x = trained(**form).eval(), images().float()
+    small, groups = compact(model), layer_groups(model)
+    assert layer_groups(small) == groups
     assert len(set(groups)) > 1
     built = timm.create_model("test_g_resnext", groups=groups).eval()
-    built.load_state_dict(form.state_dict())
-    assert torch.equal(built(x), form(x))
-    built.train()(x).sum().backward()
-    assert all(p.grad is not None for p in built.parameters())
+    built.load_state_dict(small.state_dict())
+    assert torch.equal(built(x), small(x))
+    again = timm.create_model("test_g_resnext").eval()
+    again.load_state_dict(small.state_dict())
+    assert_close(again(x), small(x), rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_weights_stay_frozen() -> None:
+@BOTH
+def test_frozen_weights_stay_frozen(form_of: Callable[[nn.Module], nn.Module]) -> None:
     model = trained().requires_grad_(False)
-    for form in (compact(model), reparameterize_model(model)):
-        assert not any(parameter.requires_grad for parameter in form.parameters())
+    assert not any(parameter.requires_grad for parameter in form_of(model).parameters())
+    assert all(parameter.requires_grad for parameter in form_of(trained()).parameters())
 
 
-def test_goes_back_into_a_model_with_gates(x: torch.Tensor) -> None:
-    form = compact(trained()).eval()
-    model = timm.create_model("test_g_resnext").eval()
-    model.load_state_dict(form.state_dict())
-    assert_close(model(x), form(x), rtol=1e-4, atol=1e-5)
+def test_the_memory_format_stays() -> None:
+    model = trained().to(memory_format=torch.channels_last)
+    assert compact(model).layer3[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_refuses_a_model_without_dgconvs() -> None:
+def test_a_model_without_gates_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ResNet has no DGConv2d.*timm_dgconv\.groupable"):
         compact(timm.create_model("test_resnet"))
 
 
-# Norms and activations
+# What other tools do with a compact layer
 
-EQUAL = {
-    *("batchnorm", "batchnorm-act", "groupnorm1", "groupnorm1-act", "layernorm2d", "layernorm2d-act", "rmsnorm2d"),
-    *("evonormb0-act", "frn-act", "frntlu-act"),
-    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "prelu", "gelu", "silu", "mish", "hard_swish", "tanh"),
+
+def layer(form: dict[str, Any], **kwargs: Any) -> tuple[nn.Module, Any, Tensor]:
+    """A learned layer, its compact form, and an input."""
+    conv = learned(DGConv2d(16, 16, 3, **form, **kwargs))
+    return conv, compact(conv), torch.randn(2, 16, 5, 5).double()
+
+
+@torch.no_grad()
+@SORTED_OR_NOT
+def test_norms_can_be_folded_into_a_compact_layer(form: dict[str, Any]) -> None:
+    """By torch, and by tools like ultralytics', which build the layer again from its attributes."""
+    conv, small, x = layer(form)
+    norm = nn.BatchNorm2d(16).double().eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    assert_close(fuse_conv_bn_eval(small, norm)(x), norm(conv(x)))
+    again = nn.Conv2d(small.in_channels, small.out_channels, small.kernel_size, groups=small.groups).double()
+    again.weight.copy_(small.weight)
+    again.bias.copy_(small.bias)
+    assert_close(again(x), conv(x))
+
+
+@torch.no_grad()
+@SORTED_OR_NOT
+def test_row_i_of_a_compact_weight_computes_channel_i(form: dict[str, Any]) -> None:
+    """Pruners remove both."""
+    _, small, x = layer(form, bias=False)
+    before = small(x)
+    prune.ln_structured(small, "weight", 0.5, n=2, dim=0)
+    pruned = small.weight.flatten(1).count_nonzero(1) == 0
+    assert pruned.sum() == 8
+    assert_close(small(x), before * ~pruned[:, None, None])
+
+
+# What users have put on a layer: hooks, forward passes and weights of their own
+
+WEIGHT_HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "prune": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "weight_norm": lambda conv: nn.utils.weight_norm(conv),
+    "spectral_norm": lambda conv: nn.utils.spectral_norm(conv),
+    "parametrization": lambda conv: parametrizations.weight_norm(conv),
 }
-MIXING = {"groupnorm", "groupnorm-act", *(f"evonorm{kind}-act" for kind in ("s0", "s0a", "s1", "s1a", "s2", "s2a"))}
-UNKNOWN = {  # they treat channels alike, and are not in EQUIVARIANT or cannot be traced
-    *("simplenorm2dfp32", "layernorm2dfp32-act", "rmsnorm2dfp32-act", "evonormb1-act", "evonormb2-act", "hard_mish"),
-}
 
 
-def randomized(**kwargs: Any) -> nn.Module:
-    """A model with other values in each channel, and gates whose groups are not contiguous."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_g_resnext", num_classes=3, **kwargs).eval().double()
+@torch.no_grad()  # torch refuses copies of weights that a hook has computed with gradients
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.(weight|spectral)_norm:FutureWarning")
+@pytest.mark.parametrize("hook", list(WEIGHT_HOOKS))
+@pytest.mark.parametrize("path", ["conv1", "layer2.0.conv3", "layer2.0.downsample.0"])
+@SORTED_OR_NOT
+def test_norms_are_folded_only_into_weights_that_stay(form: dict[str, Any], path: str, hook: str) -> None:
+    model = trained(**form).double().eval()
+    conv: Any = model.get_submodule(path)
+    WEIGHT_HOOKS[hook](conv)
+    if hook == "weight_norm":  # another weight than the one that the hook began with
+        conv.weight_g.mul_(1.5)
+    x = images()
+    expected = model(x)
+    assert_close(reparameterize_model(model)(x), expected)
+    assert_close(reparameterize_model(compact(model))(x), expected)
+
+
+def double_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def shift_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return (args[0] + 1,), kwargs
+
+
+@BOTH
+@SORTED_OR_NOT
+@pytest.mark.parametrize("hook", [double_output, shift_input])
+@pytest.mark.parametrize("name", ["test_g_resnet", "test_g_resnext"])
+def test_hooks_of_a_layer_stay(
+    name: str, hook: Callable[..., Any], form: dict[str, Any], form_of: Callable[[nn.Module], nn.Module]
+) -> None:
+    model: Any = trained(name, **form).double().eval()
+    x, conv = images(), model.layer2[0].conv2
+    before = model(x)
+    if hook is double_output:
+        conv.register_forward_hook(hook)
+    else:
+        conv.register_forward_pre_hook(hook, with_kwargs=True)
+    expected = model(x)
+    assert not torch.allclose(expected, before)
+    assert_close(form_of(model)(x), expected)
+
+
+def test_backward_hooks_of_a_layer_stay() -> None:
+    model, calls = trained(), []
+    model.layer2[0].conv2.register_full_backward_hook(lambda *_: calls.append(1))
+    compact(model)(images().float()).sum().backward()
+    assert calls == [1]
+
+
+class Scaled(DGConv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def own_forward(conv: Any) -> None:
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+
+
+def subclass(conv: Any) -> None:
+    conv.__class__ = Scaled
+
+
+@BOTH
+@pytest.mark.parametrize("change", [own_forward, subclass, WEIGHT_HOOKS["prune"], WEIGHT_HOOKS["parametrization"]])
+def test_a_layer_that_computes_something_else_is_refused_by_name(
+    change: Callable[[Any], Any], form_of: Callable[[nn.Module], Any]
+) -> None:
+    model: Any = trained().eval()
+    change(model.layer2[0].conv2)
     with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith("gate"):
-                value.normal_()[:2] = torch.tensor([1.0, -1.0])
-            elif value.ndim == 1:
-                value.uniform_(0.5, 2)
-    return model
+        model(images().float())
+    with pytest.raises(ValueError, match=r"layer2\.0\.conv2" if form_of is compact else r"conv2"):
+        form_of(model)
 
 
-def test_every_norm_and_activation_of_timm(x: torch.Tensor) -> None:
-    """Channels are reordered at run time around layers that mix channels, and around layers that are not known."""
-    norms = {**create_norm._NORM_MAP, **{f"{name}-act": norm for name, norm in create_norm_act._NORM_ACT_MAP.items()}}
-    layers = {name: {"act_layer": name} for name in set().union(*create_act._ACT_LAYERS)}
-    for name, norm in norms.items():
-        counts = {"groups", "num_groups"} & set(inspect.signature(norm).parameters)
-        layers[name] = {"norm_layer": partial(norm, **dict.fromkeys(counts, 4)) if counts else norm}
-    x, absorbed, left = x.double(), set(), set()
-    for name, kwargs in layers.items():
-        try:
-            model = randomized(**kwargs)
-            expected = model(x)
-        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError):
-            continue  # not for images, of an optional package, or without the arguments that timm's ResNet passes
-        close = partial(assert_close, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-        form, deployed = compact(model), reparameterize_model(model)
-        close(form(x), expected)
-        close(deployed(x), expected)
-        (left if num_orders(form) else absorbed).add(name)
-        assert num_orders(form) == num_orders(deployed), name
-    assert absorbed >= EQUAL
-    assert MIXING <= left <= MIXING | UNKNOWN
-
-
-def test_contiguous_groups_move_no_channels(x: torch.Tensor) -> None:
-    """So a norm with groups of its own is no obstacle."""
-    model = trained(norm_layer=lambda channels, **kwargs: nn.GroupNorm(4, channels, **kwargs)).eval()
-    for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
-        with torch.no_grad():
-            conv.gate.copy_(torch.linspace(-1, 1, conv.gate.numel()))
-    for form_of in (compact, reparameterize_model):
-        form = form_of(model)
-        assert num_orders(form) == 0
-        assert_close(form(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_activation_of_a_user(x: torch.Tensor) -> None:
-    class Doubled(nn.ReLU):  # its condition cannot be traced
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x) if x.isfinite().all() else x
-
-    model = randomized(act_layer=Doubled)
-    model.act1 = nn.ReLU()
-    for is_known in (False, True):
-        if is_known:
-            EQUIVARIANT.add(Doubled)
-        for form_of in (compact, reparameterize_model):
-            form = form_of(model)
-            assert (num_orders(form) == 0) == is_known
-            assert_close(form(x.double()), model(x.double()))
-
-
-# The stem
-
-
-def list_net(model: nn.Module) -> nn.Module:
-    return FeatureListNet(model, out_indices=(0, 1, 2, 3, 4))
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def renewed(module: nn.Module) -> nn.Module:
-    module = copy.deepcopy(module)
-    for value in module.state_dict().values():
-        value.uniform_(0.1, 0.5) if value.is_floating_point() else None
-    return module
-
-
-REPLACEMENTS: list[tuple[str, Callable[[Any], nn.Module]]] = [
-    ("conv1", renewed),
-    ("conv1", lambda old: nn.Sequential(nn.Conv2d(3, 3, 1), old)),
-    ("conv1", lambda old: nn.Sequential(old, nn.ReLU())),
-    ("conv1.3", renewed),
-    ("conv1.6", renewed),
-    ("maxpool.0", renewed),
-    ("bn1", renewed),
-    ("bn1", lambda old: renewed(nn.BatchNorm2d(old.num_features).eval())),
-    ("act1", lambda old: nn.SiLU()),
-]
-DEEP = {"stem_type": "deep", "replace_stem_pool": True}
-
-
-@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, pickled])
-@pytest.mark.parametrize(
-    ("kwargs", "wrap"),
-    [
-        ({}, None),
-        (DEEP, None),
-        ({"features_only": True}, None),
-        ({"features_only": True, **DEEP}, None),
-        ({"features_only": True, "feature_cls": "dict"}, None),
-        ({}, list_net),
-        (DEEP, list_net),
-    ],
-    ids=["plain", "deep", "features", "deep features", "dict", "list net", "deep list net"],
-)
-def test_replaced_stem(kwargs: dict[str, Any], wrap: Any, copied: Callable[[nn.Module], Any], x: torch.Tensor) -> None:
-    """The deployed form has the modules that a user puts into the stem, before or after a copy of the model."""
-    for path, replacement in [("", None), *REPLACEMENTS]:
-        source = trained(**kwargs).eval()
-        model = copied(source if wrap is None else wrap(source))
-        if path:
-            parent, _, name = path.rpartition(".")
-            if parent and "stem_type" not in kwargs:
-                continue
-            setattr(model.get_submodule(parent), name, replacement(model.get_submodule(path)))
-        model = copied(model.double())
-        form = reparameterize_model(model)
-        assert_close(form(x.double()), model(x.double()), msg=lambda text, path=path: f"{path}: {text}")
-        if not path and wrap is None and "feature_cls" not in kwargs:
-            assert kinds(form) <= PLAIN
-
-
-class WithFeatures(nn.Module):
-    """A model that is registered twice, as a user's wrapper may have it."""
-
-    def __init__(self, features_first: bool) -> None:
-        super().__init__()
-        model = trained().eval()
-        modules = {"model": model, "features": list_net(model)}
-        for name in sorted(modules, reverse=not features_first):
-            setattr(self, name, modules[name])
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return [*self.features(x), self.model(x)]
-
-
-@pytest.mark.parametrize("features_first", [True, False])
-def test_stem_in_two_places(features_first: bool, x: torch.Tensor) -> None:
-    model = WithFeatures(features_first)
-    assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "replacement"),
-    [
-        ("conv2", lambda old: nn.Sequential(old, nn.Conv2d(48, 48, 1))),
-        ("conv1", lambda old: nn.Sequential(old, nn.Conv2d(48, 48, 1))),
-        ("conv3", lambda old: nn.Sequential(nn.Conv2d(48, 48, 1), old)),
-        ("conv1", lambda old: nn.Conv2d(old.in_channels, 48, 1, groups=4)),
-        ("conv3", lambda old: nn.Conv2d(48, old.out_channels, 1, groups=4)),
-    ],
-)
-def test_replaced_convolution_of_a_block(name: str, replacement: Callable[[Any], nn.Module], x: torch.Tensor) -> None:
-    """A dense convolution takes the order of channels, and another one does not."""
-    model = randomized()
-    block = model.layer3[0]
-    setattr(block, name, replacement(block.get_submodule(name)).double())
-    is_dense = not any(getattr(module, "groups", 1) > 1 for module in (block.conv1, block.conv3))
-    for form_of in (compact, reparameterize_model):
-        form = form_of(model)
-        assert_close(form(x.double()), model(x.double()))
-        assert (num_orders(form) == 0) == is_dense
-
-
-# The deployed form
+# Deployment
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -325,35 +449,20 @@ def test_half_precision_is_folded_in_float64(dtype: torch.dtype) -> None:
         assert torch.equal(ours, theirs.to(dtype))
 
 
+@BOTH
+@EVERY_FORM
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("name", "form_of"),
-    [("test_g_resnext", reparameterize_model), ("test_g_resnet", compact)],
-    ids=["deployed", "compact"],
-)
-def test_script_pickle_and_export(name: str, form_of: Callable[[nn.Module], nn.Module], x: torch.Tensor) -> None:
-    model = trained(name).eval()
-    form = form_of(model)
+def test_they_script_pickle_and_export_without_an_index(
+    form: dict[str, Any], form_of: Callable[[nn.Module], nn.Module]
+) -> None:
+    model, x = trained(**form).eval(), images().float()
+    small = form_of(model)
     file = io.BytesIO()
-    torch.save(form, file)
+    torch.save(small, file)
     file.seek(0)
     batch = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
-    exported = torch.export.export(form, (x,), dynamic_shapes=batch).module()
-    for other in (torch.jit.script(form), torch.load(file, weights_only=False), exported):
+    program = torch.export.export(small, (x,), dynamic_shapes=batch)
+    assert not {word for word in ("index", "gather", "timm_dgconv") if word in str(program.graph)}
+    for other in (torch.jit.script(small), torch.load(file, weights_only=False), program.module()):
         assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
-    assert exported(x.repeat(3, 1, 1, 1)).shape[0] == 6
-    torch.jit.script(trained())  # with the `fuse` in its stem
-
-
-@pytest.mark.skipif(torch.__version__ < (2, 6), reason="its exporter fails on batch norm")
-def test_onnx_is_plain_convolutions(x: torch.Tensor, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    form = reparameterize_model(trained()).eval()
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(form, (x,), path, dynamo=True, verbose=False)
-    ops = {node.op_type for node in onnx.load(path).graph.node}
-    assert ops <= {"Conv", "Relu", "MaxPool", "Add", "GlobalAveragePool", "ReduceMean", "Gemm", "Flatten", "Reshape"}
-    graph = onnx.reference.ReferenceEvaluator(str(path))
-    (output,) = graph.run(None, {graph.input_names[0]: x.numpy()})
-    assert_close(torch.from_numpy(output), form(x).detach(), rtol=1e-3, atol=1e-3)
+    assert program.module()(x.repeat(3, 1, 1, 1)).shape[0] == 6

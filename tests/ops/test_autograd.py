@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,64 +14,25 @@ import torch
 from conftest import DEVICES, conv_with, run_ranks
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from timm_dgconv.layers.spans import Spans
 from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dgconv import DGConv2d
-from timm_dgconv.layers import dgconv_op, layout
+from timm_dgconv import DGConv2d, compact
+from timm_dgconv.ops import autograd, grouped
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
+FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]
+HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 
-
-def apply(conv: DGConv2d, x: Tensor, spans: tuple[int, ...] | None) -> Tensor:
-    """Call the layer, or its operator with these spans."""
-    if spans is None:
-        return conv(x)
-    return dgconv_op.dgconv2d(
-        x, conv.weight, conv.bias, conv.gate, conv.stride, conv.padding, conv.dilation, conv.sort, spans
-    )
+forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
 def gradients(conv: DGConv2d, y: Tensor, x: Tensor) -> list[Tensor]:
     grad_y = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape).to(y.device)
     return [y, *torch.autograd.grad(y, [x, *conv.parameters()], grad_y)]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("closed", [*map("".join, itertools.product("01", repeat=4)), "101"])
-def test_all_spans(closed: str, device: str) -> None:
-    channels = (16, 16) if len(closed) == 4 else (24, 40)
-    conv = conv_with(closed, *channels, padding=1, dtype=torch.float64)
-    x = torch.randn(2, channels[0], 4, 3, dtype=torch.float64, requires_grad=True)
-    expected = gradients(conv, conv.masked_dense(x), x)
-    conv = copy.deepcopy(conv).to(device)
-    memory_formats = [torch.contiguous_format, torch.channels_last]  # random layers are channels_last on the CPU, too
-    for memory_format in memory_formats[: 1 if device == "cpu" else 2]:
-        x = x.detach().to(device, memory_format=memory_format).requires_grad_()
-        for spans in [None, (0, 1, 2), (2, 0, 1), *((span,) * 3 for span in range(1 << len(closed)))]:
-            got = gradients(conv, apply(conv, x, spans), x)
-            assert_close([value.cpu() for value in got], expected, **EXACT)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("num_images", [1, 5])
-def test_chunks_of_images(num_images: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU computes large output gradients with partners in chunks."""
-    conv = conv_with("1001", 16, 16, padding=1, dtype=torch.float64).to(memory_format=memory_format)
-    x = torch.randn(num_images, 16, 11, 11, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
-    sizes = []
-
-    def select_channels(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sizes.extend([len(x)] if kwargs.get("partners") else [])
-        return layout.select_channels(x, *args, **kwargs)
-
-    monkeypatch.setattr(dgconv_op, "select_channels", select_channels)
-    monkeypatch.setattr(dgconv_op, "CHUNK", 1)
-    got = gradients(conv, apply(conv, x, (0, 0, 0)), x)
-    assert sizes == ([1] if num_images == 1 else [2, 1, 1, 1])
-    assert_close(got, gradients(conv, conv.masked_dense(x), x), **EXACT)
 
 
 # Random layers and inputs.
@@ -104,9 +66,10 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_bits: int = 
         draw(kernel_size | st.tuples(kernel_size, kernel_size)),
         stride=stride,
         padding=draw(st.one_of(*paddings, *([st.just("same")] if stride in (1, (1, 1)) else []))),
+        padding_mode=draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"])),
         dilation=draw(numbers | st.tuples(numbers, numbers)),
         bias=draw(st.booleans()),
-        sort=draw(st.booleans()),
+        **draw(st.sampled_from(FORMS)),
         dtype=dtype,
     )
     gates = draw(st.lists(st.sampled_from(GATES), min_size=num_bits, max_size=num_bits))
@@ -115,12 +78,6 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64, max_bits: int = 
     with torch.no_grad():
         conv.gate.copy_(torch.tensor(gates, dtype=torch.float64))
     return conv
-
-
-@st.composite
-def spans_of(draw: st.DrawFn, conv: DGConv2d) -> Spans | None:
-    span = st.integers(0, (1 << len(conv.gate)) - 1)
-    return None if isinstance(conv.padding, str) else draw(st.none() | st.tuples(span, span, span))
 
 
 @st.composite
@@ -147,11 +104,10 @@ def check_layer(data: st.DataObject) -> None:
         conv.weight = nn.Parameter(ARRANGEMENTS[arrangement](conv.weight.detach()))
     for parameter in conv.parameters():
         parameter.requires_grad_(draw(st.booleans()))
-    spans = draw(spans_of(conv))
     expected = attempt(lambda: conv.masked_dense(x))
-    y = attempt(lambda: apply(conv, x, spans))
+    y = attempt(lambda: conv(x))
     if not isinstance(expected, Tensor):
-        assert y is expected, "torch's error for an input smaller than the kernel"
+        assert y is expected, "torch's error, for example for an input smaller than the kernel"
         return
     assert_close(y, expected, rtol=1e-10, atol=1e-9)
     dense = [t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last) for t in (x, conv.weight)]
@@ -161,7 +117,7 @@ def check_layer(data: st.DataObject) -> None:
     assert conv.num_groups == 2 ** sum(conv.closed)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert_close(apply(conv, x, spans), expected.detach(), rtol=1e-10, atol=1e-9)
+            assert_close(conv(x), expected.detach(), rtol=1e-10, atol=1e-9)
     wanted = [t for t in (x, conv.weight, conv.bias, conv.gate) if t is not None and t.requires_grad]
     if not wanted:
         return
@@ -205,13 +161,12 @@ def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, da
     with torch.no_grad():
         conv.weight.mul_(conv.weight[0].numel() ** 0.5 / 2)
     x = data.draw(inputs(conv)).requires_grad_()
-    spans = data.draw(spans_of(conv))
     precise, y0 = copy.deepcopy(conv).double(), None
     with contextlib.suppress(RuntimeError):
         y0 = precise.masked_dense(x.detach().double()).detach()
     assume(y0 is not None)
     with torch.autocast("cpu", dtype, enabled=autocast):
-        y = apply(conv, x, spans)
+        y = conv(x)
     assert y.dtype == dtype
     assert conv.closed == precise.closed
     eps = torch.finfo(dtype).eps
@@ -221,11 +176,12 @@ def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, da
     assert [grad.dtype for grad in grads] == [x.dtype, *(p.dtype for p in conv.parameters())]
 
 
-# Autograd.
+# Autograd
 
 
-def test_twice_in_one_forward_checkpointed_and_accumulated() -> None:
-    conv = conv_with("1010", padding=1, dtype=torch.float64)
+@forms
+def test_a_layer_used_twice_checkpointed_and_accumulated_has_the_gradients_of_both_uses(form: dict[str, Any]) -> None:
+    conv = conv_with("1010", padding=1, dtype=torch.float64, **form)
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
     expected = gradients(conv, conv.masked_dense(conv.masked_dense(x).relu()), x)
     assert_close(gradients(conv, conv(conv(x).relu()), x), expected, **EXACT)
@@ -238,24 +194,55 @@ def test_twice_in_one_forward_checkpointed_and_accumulated() -> None:
         assert_close(parameter.grad, 3 * grad, **EXACT)
 
 
-def test_gradients_can_be_differentiated() -> None:
-    conv = conv_with("10", 4, 4, 2, dtype=torch.float64)
-    x = torch.randn(1, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+@forms
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_can_be_differentiated(compiled: bool, form: dict[str, Any]) -> None:
+    conv = conv_with("010", 8, 8, 2, dtype=torch.float64, **form)
+    x = torch.randn(1, 8, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def penalty(layer: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         first = torch.autograd.grad(layer(x).square().sum(), [x, *conv.parameters()], create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in first), [x, conv.weight, conv.bias])
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), [x, *conv.parameters()])
 
-    assert_close(penalty(conv), penalty(conv.masked_dense), **EXACT)
+    layer: Any = torch.compile(conv, backend="eager", fullgraph=True) if compiled else conv
+    assert_close(penalty(layer), penalty(conv.masked_dense), **EXACT)
+
+
+def grads_of(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
+    y = forward(inputs[0])
+    directions = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
+    if batched:
+        return torch.autograd.grad(y, inputs, directions, is_grads_batched=True)
+    rows = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
+    return tuple(torch.stack(grads) for grads in zip(*rows, strict=True))
+
+
+def jacobians(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
+    return jacobian(forward, inputs[0], vectorize=batched)
+
+
+def hessians(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
+    return hessian(lambda x: forward(x).sigmoid().sum(), inputs[0], vectorize=batched)
+
+
+@forms
+@pytest.mark.parametrize("derivatives", [grads_of, jacobians, hessians])
+def test_gradients_can_be_batched(derivatives: Callable[..., Any], form: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv = conv_with("010", 8, 8, dtype=torch.float64, **form)
+    inputs = [torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True), *conv.parameters()]
+    assert_close(derivatives(conv, inputs, batched=True), derivatives(conv.masked_dense, inputs, batched=False))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32 forward", "autocast forward"])
-def test_backward_inside_autocast(autocast: bool, create_graph: bool, device: str) -> None:
-    """Autocast around a backward pass must not round the gradients."""
+@forms
+def test_autocast_around_a_backward_pass_does_not_round_the_gradients(
+    form: dict[str, Any], autocast: bool, create_graph: bool, device: str
+) -> None:
     torch.manual_seed(0)
-    conv = conv_with("101010", 64, 64, padding=1).to(device)
+    conv = conv_with("101010", 64, 64, padding=1, **form).to(device)
     x, grad_y = (torch.randn(4, 64, 8, 8, device=device, requires_grad=True) for _ in range(2))
 
     def backward(inside: bool) -> tuple[Tensor, ...]:
@@ -268,8 +255,9 @@ def test_backward_inside_autocast(autocast: bool, create_graph: bool, device: st
         assert_close(grad, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
 
 
-def test_function_transforms() -> None:
-    conv = conv_with("1010", bias=False, dtype=torch.float64)
+@forms
+def test_function_transforms(form: dict[str, Any]) -> None:
+    conv = conv_with("1010", bias=False, dtype=torch.float64, **form)
     x = torch.randn(3, 16, 5, 5, dtype=torch.float64)
     parameters = {name: value.detach() for name, value in conv.named_parameters()}
 
@@ -287,12 +275,72 @@ def test_function_transforms() -> None:
         assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, conv(x), **EXACT)
 
 
-# torch.compile, the rules of operators, several processes.
+@forms
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, form: dict[str, Any]) -> None:
+    """`torch.set_default_device("cuda")` in a script must not move what a layer on the CPU computes with."""
+    conv = conv_with("1010", padding=1, dtype=torch.float64, **form)
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def found() -> list[Tensor]:
+        y = conv(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=create_graph)]
+
+    expected = found()
+    torch.set_default_device("meta")
+    try:
+        got, groups, small = found(), conv.num_groups, compact(conv)
+    finally:
+        torch.set_default_device(None)
+    assert groups == 4
+    assert_close(got, expected, **EXACT)
+    assert_close(small(x), expected[0], **EXACT)
 
 
+@forms
+def test_the_masked_dense_form_can_be_chosen_for_all_layers(
+    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = conv_with("1010", dtype=torch.float64, **form)
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
+    expected = gradients(conv, conv(x), x)
+    monkeypatch.setattr(autograd, "MASKED_DENSE", True)
+    monkeypatch.setattr(grouped, "output", None)
+    assert_close(gradients(conv, conv(x), x), expected, **EXACT)
+
+
+# What the operator costs
+
+
+@forms
+@pytest.mark.parametrize("closed", ["0000", "1000", "0110", "1111"])
+def test_counted_operations_are_those_of_the_group_convolution(closed: str, form: dict[str, Any]) -> None:
+    conv, x = conv_with(closed, 16, 32, padding=1, **form), torch.randn(2, 16, 5, 5, requires_grad=True)
+    small = nn.Conv2d(16, 32, 3, padding=1, groups=conv.num_groups)
+    with FlopCounterMode(display=False) as one:
+        small(x)
+    with FlopCounterMode(display=False) as forward:
+        conv(x)
+    assert forward.get_total_flops() == one.get_total_flops()
+    conv.gate.requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as whole:
+        patch.setattr(grouped, "MIN_CHANNELS", dict.fromkeys(grouped.MIN_CHANNELS, 1))
+        conv(x).sum().backward()
+    assert whole.get_total_flops() == 3 * one.get_total_flops()  # torch counts too much for groups in backward
+    if conv.sort:
+        with FlopCounterMode(display=False) as counter:
+            compact(conv)(x)
+        assert counter.get_total_flops() == one.get_total_flops()
+
+
+# torch.compile, the rules of operators, several processes
+
+
+@forms
 @pytest.mark.parametrize("frozen", [False, True])
-def test_compiled_graph_holds_no_open_bits(frozen: bool) -> None:
-    conv = conv_with("1010")
+def test_a_compiled_graph_holds_no_open_bits(frozen: bool, form: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    conv = conv_with("1010", **form)
     conv.gate.requires_grad_(not frozen)
     x = torch.randn(2, 16, 5, 5, requires_grad=True)
     graphs = []
@@ -305,19 +353,32 @@ def test_compiled_graph_holds_no_open_bits(frozen: bool) -> None:
     for flip in ([0], [1, 2], [0, 1, 2, 3]):
         with torch.no_grad():
             conv.gate[flip] *= -1
-        conv.zero_grad()
-        compiled(x).sum().backward()
-        assert_close(compiled(x), conv.masked_dense(x))
+        wanted = [p for p in (x, *conv.parameters()) if p.requires_grad]
+        y, expected = compiled(x), conv.masked_dense(x)
+        assert_close(y, expected)
+        got, same = (torch.autograd.grad(z.square().sum(), wanted) for z in (y, expected))
+        assert_close(got, same, rtol=1e-3, atol=1e-3)
     assert len(graphs) == 1
-    if hasattr(torch.compiler, "is_exporting"):
-        ops = {node.target for node in graphs[0].graph.nodes}
-        assert torch.ops.timm_dgconv.dgconv2d in ops or torch.ops.timm_dgconv.dgconv2d.default in ops
+    if HAS_OPERATOR:
+        ops = [str(node.target) for node in graphs[0].graph.nodes if "timm_dgconv" in str(node.target)]
+        assert len(ops) == 2, "one reading and one convolution"
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_compiled_training_warns_of_nothing(create_graph: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    conv, x = conv_with("1010"), torch.randn(2, 16, 5, 5, requires_grad=True)
+    compiled = torch.compile(conv, backend=backend, fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "timm_dgconv")
+        torch.autograd.grad(compiled(x).sum(), list(conv.parameters()), create_graph=create_graph)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_reduce_overhead(device: str, training: bool) -> None:
-    """torch may capture parts of the network in CUDA graphs, and flipped gates must still show."""
+def test_flipped_gates_show_in_cuda_graphs_of_torch_compile(device: str, training: bool) -> None:
+    """With mode="reduce-overhead" torch may capture parts of the network."""
     torch._dynamo.reset()
     conv = conv_with("1010", padding=1)
     model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(16, 4, 1)).to(device)
@@ -336,7 +397,7 @@ def test_reduce_overhead(device: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_captured_in_a_cuda_graph(device: str) -> None:
+def test_flipped_gates_show_in_a_captured_cuda_graph(device: str) -> None:
     conv = conv_with("1010").to(device)
     x = torch.randn(2, 16, 5, 5, device=device)
     with torch.no_grad():
@@ -353,12 +414,17 @@ def test_captured_in_a_cuda_graph(device: str) -> None:
         assert_close(y, conv.masked_dense(x), rtol=1e-3, atol=1e-3)
 
 
+@forms
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_opcheck(memory_format: torch.memory_format) -> None:
-    conv = conv_with("1010")
+def test_the_operators_keep_the_rules_of_torch(memory_format: torch.memory_format, form: dict[str, Any]) -> None:
+    conv = conv_with("1010", **form)
     x = torch.randn(2, 16, 5, 5, requires_grad=True).to(memory_format=memory_format)
-    args = (x, conv.weight, conv.bias, conv.gate, [1, 1], [1, 1], [1, 1], False, None)
-    torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d.default, args)
+    values = conv.gate.detach().double()
+    options = (values, [1, 1], [1, 1], [1, 1], conv.sort, conv.nested)
+    torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d.default, (x, conv.weight, conv.bias, conv.gate, *options))
+    tensors = [tensor.detach() for tensor in (torch.randn(2, 16, 5, 5), x, conv.weight, conv.gate)]
+    torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d_backward.default, (*tensors, *options, [True, True, True]))
+    torch.library.opcheck(torch.ops.timm_dgconv.read_gates.default, ([conv.gate, conv.gate],))
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:

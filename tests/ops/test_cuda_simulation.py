@@ -13,33 +13,27 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import conv_with
-from timm_dgconv.layers.layout import in_format, is_channels_last
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from timm_dgconv.layers import dgconv_op, layout, spans
+from timm_dgconv.ops import autograd
+from timm_dgconv.ops.grouped import in_format, is_channels_last
 
-CACHES = [value for value in vars(layout).values() if hasattr(value, "cache_clear")]
 ALL = (True, True, True)
+FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 
 
 @pytest.fixture
-def simulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Simulate CUDA, without streams and without the tuner. Fake index tensors must not outlive the mode."""
-    monkeypatch.setattr(dgconv_op, "place", lambda tensor: (tensor.device, 0))
-    monkeypatch.setattr(spans, "TUNE", False)
-    for cache in CACHES:
-        cache.cache_clear()
+def simulation() -> Iterator[None]:
+    """Simulate CUDA."""
     with FakeTensorMode():
         try:
             tensor((1, 2, 2, 2), torch.float32, "channels_last")
         except RuntimeError as error:  # in torch 2.5
             pytest.skip(f"fake tensors need CUDA: {error}".splitlines()[0])
         yield
-    for cache in CACHES:
-        cache.cache_clear()
 
 
 class Operators(TorchDispatchMode):
@@ -66,6 +60,12 @@ class Operators(TorchDispatchMode):
         return [tensor for _, inputs, outputs in self.calls for tensor in (*inputs, *outputs)]
 
     @property
+    def dimensions(self) -> int:
+        """The largest number of dimensions above 1 of a tensor that a kernel reads or writes."""
+        kernels = [inputs + outputs for func, inputs, outputs in self.calls if outputs and not func.is_view]
+        return max(sum(size > 1 for size in tensor.shape) for tensors in kernels for tensor in tensors)
+
+    @property
     def launches(self) -> int:
         """The number of kernels that the operators launch. A convolution counts as one."""
         return sum(
@@ -75,6 +75,7 @@ class Operators(TorchDispatchMode):
         )
 
 
+OPERATORS = ("read_gates", "dgconv2d", "dgconv2d_backward")
 NO_KERNEL = [
     getattr(torch.ops.aten, name)
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
@@ -95,8 +96,7 @@ class Case(NamedTuple):
     input_format: str = "channels_last"
     weight_format: str = "channels_last"
     grad_format: str = "channels_last"
-    sort: bool = False
-    spans: tuple[int, int, int] | None = None
+    form: tuple[bool, bool] = (True, True)
     mask: tuple[bool, bool, bool] = ALL
 
     def tensors(self, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,15 +108,8 @@ class Case(NamedTuple):
     @property
     def options(self) -> tuple[Any, ...]:
         padding = self.dilation * (self.kernel_size // 2)
-        return [self.stride] * 2, [padding] * 2, [self.dilation] * 2, self.sort, self.spans
-
-    def forward(self, x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-        closed = [bit == "1" for bit in self.closed]
-        return dgconv_op._forward(x, weight, None, gate, *self.options, closed=closed)
-
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-        closed = [bit == "1" for bit in self.closed]
-        return dgconv_op._backward(grad, x, weight, gate, *self.options, self.mask, closed=closed)
+        values = [-1.0 if bit == "1" else 1.0 for bit in self.closed]
+        return values, [self.stride] * 2, [padding] * 2, [self.dilation] * 2, *self.form
 
 
 FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -133,16 +126,16 @@ def tensor(shape: Sequence[int], dtype: torch.dtype, memory_format: str = "conti
 
 def run(case: Case, batch: int = 2) -> tuple[Operators, Operators]:
     """The operators of one forward and one backward pass."""
-    tensors = case.tensors(batch)
+    x, weight, gate = case.tensors(batch)
     with Operators() as forward:
-        y = case.forward(*tensors)
+        y = autograd._output(x, weight, None, gate, *case.options)
     grad = tensor(y.shape, y.dtype, case.grad_format)
     with Operators() as backward:
-        case.backward(grad, *tensors)
+        autograd._gradients(grad, x, weight, gate, *case.options, case.mask)
     return forward, backward
 
 
-# Shapes, dtypes, devices and strides.
+# Shapes, dtypes, devices and strides
 
 AXES: dict[str, list[Any]] = dict(
     channels=[(16, 32), (32, 16), (48, 16)],
@@ -153,8 +146,7 @@ AXES: dict[str, list[Any]] = dict(
     input_format=["contiguous", "channels_last", "slice"],
     weight_format=["contiguous", "channels_last", "slice"],
     grad_format=["contiguous", "channels_last", "expanded"],
-    sort=[False, True],
-    spans=[None, (0, 0, 0), (5, 3, 12), (15, 15, 15)],
+    form=FORMS,
     mask=list(itertools.product([False, True], repeat=3)),
 )
 DTYPES = [
@@ -180,76 +172,67 @@ def test_results_are_as_the_fake_operators_say(
     columns = [generator.sample((values * number)[:number], number) for values in AXES.values()]
     for values in zip(*columns, strict=True):
         case = Case(input_dtype=input_dtype, weight_dtype=weight_dtype, **dict(zip(AXES, values, strict=True)))
-        tensors = case.tensors()
+        x, weight, gate = case.tensors()
         with Operators():
-            y = case.forward(*tensors)
-        expected = dgconv_op._fake_forward(*tensors[:2], None, tensors[2], *case.options)
+            y = autograd._output(x, weight, None, gate, *case.options)
+        expected = autograd._fake_output(x, weight, None, gate, *case.options)
         assert description(y) == description(expected), case
         grad = tensor(y.shape, y.dtype, case.grad_format)
+        args = (grad, x, weight, gate, *case.options, case.mask)
         with Operators():
-            grads = case.backward(grad, *tensors)
-        fake_grads = dgconv_op._fake_backward(grad, *tensors, *case.options, case.mask)
-        assert list(map(description, grads)) == list(map(description, fake_grads)), case
+            grads = autograd._gradients(*args)
+        assert list(map(description, grads)) == list(map(description, autograd._fake_gradients(*args))), case
 
 
-# Kernels.
-
-
-def five_closed(groups: str, num_bits: int) -> str:
-    """Close five gates: those of the most significant bits, or those of the least significant bits."""
-    return "11111".ljust(num_bits, "0") if groups == "contiguous" else "11111".rjust(num_bits, "0")
+# Kernels
 
 
 @pytest.mark.usefixtures("simulation")
 def test_launches() -> None:
-    """Count the kernels of a layer in bfloat16 with 32 groups, after the first pass."""
+    """Count the kernels of a layer in bfloat16 with 32 groups."""
     rows: list[tuple[Any, ...]] = []
-    for groups, channels in itertools.product(["contiguous", "permuted"], [128, 256, 512, 1024, 2048]):
-        case = Case((channels, channels), five_closed(groups, channels.bit_length() - 1))
-        counts = []
-        for variant in (case, case._replace(mask=(True, True, False)), case._replace(spans=(0, 0, 0))):
-            run(variant)
-            counts.append([operators.launches for operators in run(variant)])
-        (forward, backward), (_, frozen), (_, narrow) = counts
-        rows.append((groups, channels, forward, backward, frozen, narrow))
-    header = ("groups", "channels", "forward", "backward", "backward, frozen gates", "backward, spans of 0")
+    limits = {"nested": (2, 14, 5), "sorted": (2, 41, 5), "unsorted": (4, 43, 7)}
+    for (name, limit), form in zip(limits.items(), FORMS, strict=True):
+        for channels in (128, 512, 2048):
+            case = Case((channels, channels), "11111".rjust(channels.bit_length() - 1, "0"), form=form)
+            forward, backward = run(case)
+            _, frozen = run(case._replace(mask=(True, True, False)))
+            row = (forward.launches, backward.launches, frozen.launches)
+            rows.append((name, channels, *row))
+            assert all(count <= most for count, most in zip(row, limit, strict=True)), (name, channels, row)
+    header = ("form", "channels", "forward", "backward", "backward, frozen gates")
     lines = [header, ["---"] * len(header), *rows]
     print("", *(f"| {' | '.join(map(str, line))} |" for line in lines), sep="\n")
-    limits = {"contiguous": (3, 24, 16, 24), "permuted": (8, 28, 24, 28)}
-    for groups, channels, *row in rows:
-        assert all(count <= limit for count, limit in zip(row, limits[groups], strict=True)), (groups, channels, row)
 
 
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("spans", [None, (0, 0, 0)], ids=["static spans", "spans of 0"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("closed", ["01" * 5, "10" * 5, "01" * 6, "10" * 6])
-def test_number_of_dimensions(closed: str, spans: tuple[int, int, int] | None) -> None:
-    """A kernel of CUDA takes tensors of up to 25 dimensions, a kernel of ROCm 16."""
+def test_number_of_dimensions(closed: str, form: tuple[bool, bool]) -> None:
+    """A kernel of CUDA takes tensors of up to 25 dimensions."""
     for memory_format in ("contiguous", "channels_last"):
-        case = Case((1 << len(closed),) * 2, closed, input_format=memory_format, weight_format=memory_format)
-        for operators in run(case._replace(spans=spans)):
-            assert max(tensor.ndim for tensor in operators.tensors if tensor.is_cuda) <= 8
+        case = Case((1 << len(closed),) * 2, closed, 7, 1, input_format=memory_format, weight_format=memory_format)
+        for operators in run(case._replace(form=form)):
+            assert operators.dimensions <= (8 if form[0] else 25)
 
 
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("spans", [None, (0, 0, 0), (5, 3, 12)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("closed", ["1100", "0101", "0011", "0000", "1111"])
-def test_nothing_comes_from_the_host_after_the_first_pass(closed: str, spans: tuple[int, int, int] | None) -> None:
-    case = Case(closed=closed, spans=spans)
-    first = run(case)
-    assert closed == "0000" or any(tensor.is_cpu for operators in first for tensor in operators.tensors)
-    for batch in (2, 3):
-        for operators in run(case, batch):
-            assert not any(tensor.is_cpu for tensor in operators.tensors)
-            assert torch.ops.aten.arange not in [func.overloadpacket for func, _, _ in operators.calls]
+def test_nothing_comes_from_the_host_and_nothing_is_read(closed: str, form: tuple[bool, bool]) -> None:
+    for operators in run(Case(closed=closed, form=form)):
+        assert not any(tensor.is_cpu for tensor in operators.tensors)
+        names = {func.overloadpacket for func, _, _ in operators.calls}
+        assert not names & {torch.ops.aten.arange, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
 
 
-# CUDA graphs.
+# CUDA graphs
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
 def test_operators_are_unsafe_in_cuda_graphs() -> None:
-    for operator in (torch.ops.timm_dgconv.dgconv2d, torch.ops.timm_dgconv.dgconv2d_backward):
+    for name in OPERATORS:
+        operator = getattr(torch.ops.timm_dgconv, name)
         assert torch.Tag.cudagraph_unsafe in operator.default.tags
 
 
@@ -271,13 +254,14 @@ def test_compiled_cuda_graphs_exclude_the_operators(monkeypatch: pytest.MonkeyPa
     with inductor.patch(options), functorch.patch(force_non_lazy_backward_lowering=True):
         codes = [code for code in get_code(torch.compile(model, fullgraph=True), torch.randn(2, 16, 5, 5)) if code]
     torch._dynamo.reset()
-    for code, name in zip(codes, ["dgconv2d", "dgconv2d_backward"], strict=True):
+    for code, names in zip(codes, [["read_gates", "dgconv2d"], ["dgconv2d_backward"]], strict=True):
         partitions = [
             ast.get_source_segment(code, function) or ""
             for function in ast.walk(ast.parse(code))
             if isinstance(function, ast.FunctionDef) and function.name.startswith("partition_")
         ]
-        call = f"torch.ops.timm_dgconv.{name}.default("
-        assert call in code
-        assert len(partitions) == 2
-        assert not any(call in partition for partition in partitions)
+        assert len(partitions) >= 2
+        for name in names:
+            call = f"torch.ops.timm_dgconv.{name}.default("
+            assert call in code
+            assert not any(call in partition for partition in partitions)

@@ -1,219 +1,169 @@
-"""The algebra of layouts, by property, against `grouping` and against indexing one channel at a time."""
+"""The fast form against the masked dense form, for every width of the groups in which weight gradients are computed."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+from conftest import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
-from timm_dgconv.layers.layout import (
-    Layout,
-    gate_gradients,
-    gather_blocks,
-    get_layout,
-    in_format,
-    is_channels_last,
-    place,
-    select_channels,
-    weight_gradient,
-)
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_dgconv.layers import grouping
+from timm_dgconv.ops import autograd, grouped
+from timm_dgconv.ops.algebra import Bits, channel_order, read_bits
+from timm_dgconv.ops.naive import connectivity, masked_conv2d
+
+FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
+GEOMETRY: Any = ([1, 2], [1, 0], [1, 1])
+EXACT = dict(rtol=1e-10, atol=1e-10)
 
 
 class Problem(NamedTuple):
-    """A layer and a span of it."""
+    """A layer."""
 
-    closed: tuple[bool, ...]
-    span: int
+    gate: tuple[float, ...]
+    form: tuple[bool, bool]
     q_out: int
     q_in: int
     kernel_size: tuple[int, int]
     channels_last: bool
 
     @property
-    def layout(self) -> Layout:
-        return get_layout(self.closed, self.span)
+    def bits(self) -> Bits:
+        return read_bits(self.gate, *self.form)
 
     @property
-    def out_channels(self) -> int:
-        return self.q_out << len(self.closed)
-
-    @property
-    def in_channels(self) -> int:
-        return self.q_in << len(self.closed)
-
-    @property
-    def outside(self) -> list[bool]:
-        """Which bits are closed and outside the span."""
-        return [bit and not self.span >> shift & 1 for shift, bit in zip(self.shifts, self.closed, strict=True)]
-
-    @property
-    def shifts(self) -> list[int]:
-        return list(reversed(range(len(self.closed))))
-
-    def order(self, channels: int) -> Tensor:
-        """The channels in the order of the layout."""
-        return grouping.channel_order(gates(self.outside), channels)
-
-    def partner(self, order: Tensor, slot: int) -> Tensor:
-        """The channels of the partners: slot 0 is the group itself, and slot 1 + n flips the n-th bit outside."""
-        flips = [0, *(1 << shift for shift, bit in zip(self.shifts, self.outside, strict=True) if bit)]
-        q = len(order) >> len(self.closed)
-        return (order // q ^ flips[slot]) * q + order % q
+    def channels(self) -> tuple[int, int]:
+        return self.q_out << len(self.gate), self.q_in << len(self.gate)
 
     def random(self, *shape: int) -> Tensor:
-        return in_format(torch.randn(shape, dtype=torch.float64), self.channels_last)
+        return grouped.in_format(torch.randn(shape, dtype=torch.float64), self.channels_last)
 
     def weight(self) -> Tensor:
-        return self.random(self.out_channels, self.in_channels, *self.kernel_size)
+        return self.random(*self.channels, *self.kernel_size)
 
     def connectivity(self) -> Tensor:
-        gate = gates(list(self.closed))
-        return grouping.connectivity(gate, self.out_channels, self.in_channels)[:, :, None, None]
-
-
-def gates(closed: list[bool]) -> Tensor:
-    return torch.tensor([-0.5 if bit else 0.5 for bit in closed], dtype=torch.float64)
+        return connectivity(torch.tensor(self.gate).double(), *self.channels, *self.form)[:, :, None, None]
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    closed = draw(st.lists(st.booleans(), min_size=1, max_size=5))
-    span = draw(st.just(0) | st.integers(0, (1 << len(closed)) - 1))
+    gate = draw(st.lists(st.sampled_from([-0.5, -0.25, 0.25, 0.5]), min_size=1, max_size=5))
     q_out, q_in, *kernel_size = (draw(st.integers(1, 3)) for _ in range(4))
     torch.manual_seed(draw(st.integers(0, 1000)))
-    return Problem(tuple(closed), span, q_out, q_in, (kernel_size[0], kernel_size[1]), draw(st.booleans()))
+    form = draw(st.sampled_from(FORMS))
+    return Problem(tuple(gate), form, q_out, q_in, (kernel_size[0], kernel_size[1]), draw(st.booleans()))
 
 
-# Layouts.
+widths = st.sampled_from([1, 2, 3, 4, 8, 16, 1024])
 
 
-@given(problems())
-def test_bits(problem: Problem) -> None:
-    layout, bits = problem.layout, range(len(problem.closed))
-    assert [k in layout.far for k in bits] == problem.outside
-    assert sorted((*layout.far, *layout.near)) == [k for k in bits if problem.closed[k]]
-    assert layout.groups == 1 << sum(problem.outside)
-    assert layout.order == tuple(sorted(bits, key=lambda k: not problem.outside[k]))
-    assert layout.order[layout.num_moved :] == tuple(bits[layout.num_moved :])
-    closed_bits = sum(1 << shift for shift, bit in zip(problem.shifts, problem.closed, strict=True) if bit)
-    assert layout == get_layout(problem.closed, problem.span & closed_bits)
+class Convolutions(TorchDispatchMode):
+    """Records the number of groups of the convolutions for weight gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[-1][1]:
+            self.groups.append(args[-2])
+        return func(*args, **(kwargs or {}))
 
 
-# Channels.
+def check(problem: Problem, width: int, device: str) -> None:
+    gate = torch.tensor(problem.gate, dtype=torch.float64, requires_grad=True)
+    x, weight = problem.random(2, problem.channels[1], 5, 6).requires_grad_(), problem.weight().requires_grad_()
+    y = masked_conv2d(x, weight, None, gate, *GEOMETRY, *problem.form)
+    grad = problem.random(*y.shape)
+    expected = torch.autograd.grad(y, [x, weight, gate], grad)
+    grad, x, weight, gate = (tensor.detach().to(device) for tensor in (grad, x, weight, gate))
+    options = (problem.gate, *GEOMETRY, *problem.form)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(grouped, "MIN_CHANNELS", dict.fromkeys(grouped.MIN_CHANNELS, width))
+        output = autograd._output(x, weight, None, gate, *options)
+        for needs_gate in (True, False):
+            with Convolutions() as convolutions:
+                grads = autograd._gradients(grad, x, weight, gate, *options, (True, True, needs_gate))
+            found = [tensor.cpu() for tensor in (output, *grads)[: 3 + needs_gate]]
+            assert_close(found, [y.detach(), *expected[: 2 + needs_gate]], **EXACT)
+            assert grads[1].stride() == weight.stride()
+            assert not found[2][(problem.connectivity() == 0).expand_as(weight)].any()
+            counted = grouped.weight_gradient_groups(weight, grad.dtype, problem.bits, needs_gate)
+            assert convolutions.groups == counted
+            assert len(counted) == 1 or not problem.form[1], "nested layers compute one convolution, of any width"
 
 
-def images(problem: Problem) -> Tensor:
-    return problem.random(2, problem.in_channels, 3, 2)
+@given(problems(), widths)
+def test_all_widths_agree_with_the_masked_dense_form(problem: Problem, width: int) -> None:
+    check(problem, width, "cpu")
 
 
-@given(problems())
-def test_channels_are_in_the_order_of_the_groups(problem: Problem) -> None:
-    x = images(problem)
-    y = select_channels(x, problem.layout, place(x))
-    assert torch.equal(y, x[:, problem.order(problem.in_channels)])
-    assert is_channels_last(y) == is_channels_last(x)
-    if problem.span == 0:
-        assert torch.equal(y, x[:, grouping.channel_order(gates(list(problem.closed)), problem.in_channels)])
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", [1, 4, 1024])
+def test_all_widths_agree_on_cuda(width: int, form: tuple[bool, bool], channels_last: bool, device: str) -> None:
+    check(Problem((0.5, -0.5, 0.25, -0.25, -1.0), form, 2, 1, (3, 3), channels_last), width, device)
 
 
-@given(problems())
-def test_channels_in_order_are_not_copied(problem: Problem) -> None:
-    x = images(problem)
-    in_order = torch.equal(problem.order(problem.in_channels), torch.arange(problem.in_channels))
-    assert (select_channels(x, problem.layout, place(x)) is x) == in_order
+# Views and copies of channels and weights
 
 
-@given(problems())
-def test_channels_come_back(problem: Problem) -> None:
-    x = images(problem)
-    y = select_channels(select_channels(x, problem.layout, place(x)), problem.layout, place(x), inverse=True)
-    assert torch.equal(y, x)
-    assert is_channels_last(y) == is_channels_last(x)
+def flags(problem: Problem) -> list[bool]:
+    return [value < 0 for value in problem.gate]
 
 
-@given(problems())
-def test_channels_of_partners(problem: Problem) -> None:
-    x = images(problem)
-    order, groups = problem.order(problem.in_channels), problem.layout.groups
-    slots = range(1 + sum(problem.outside))
-    partners = torch.stack([problem.partner(order, slot).unflatten(0, (groups, -1)) for slot in slots], 1)
-    y = select_channels(x, problem.layout, place(x), partners=True)
-    assert torch.equal(y, x[:, partners.flatten()])
-    assert is_channels_last(y) == is_channels_last(x)
+@given(problems(), st.integers(0, 1))
+def test_closed_bits_first_make_groups_contiguous_and_come_back(problem: Problem, dim: int) -> None:
+    x, closed = problem.weight(), flags(problem)
+    y = grouped.exchange_bits(x, closed, dim)
+    assert torch.equal(y, x.index_select(dim, channel_order(closed, x.shape[dim])))
+    back = grouped.exchange_bits(y, closed, dim, inverse=True)
+    assert torch.equal(back, x)
+    assert y.stride() == back.stride() == x.stride()
 
 
-# Weights.
+@given(problems(), st.integers(0, 4))
+def test_halves_are_swapped_across_a_bit(problem: Problem, bit: int) -> None:
+    bit, channels = bit % len(problem.gate), problem.channels[1]
+    x = problem.random(2, channels, 3, 2)
+    y = grouped.swap_halves(x, bit)
+    codes = torch.arange(channels) // (channels >> len(problem.gate))
+    swapped = torch.arange(channels).view(1 << bit, 2, -1).flip(1).flatten()
+    assert torch.equal(codes[swapped] ^ codes, torch.full_like(codes, 1 << len(problem.gate) - 1 - bit))
+    assert torch.equal(y, x[:, swapped])
+    assert y.stride() == x.stride()
 
 
-def check_format(blocks: Tensor, weight: Tensor) -> None:
-    """Compare the memory format of each block with that of the weight, unless both formats are the same."""
-    if weight[0, 0].numel() > 1 and blocks.shape[-3] > 1 and weight.shape[1] > 1:
-        assert is_channels_last(blocks.flatten(0, 2)) == is_channels_last(weight)
-
-
-@given(problems())
-def test_blocks_are_the_diagonal_of_the_masked_weight(problem: Problem) -> None:
-    weight = problem.weight()
+@given(problems(), st.sampled_from([torch.float64, torch.bfloat16]))
+def test_the_weight_of_the_groups_is_the_diagonal_of_the_masked_weight(problem: Problem, dtype: torch.dtype) -> None:
+    problem = problem._replace(form=(True, True))
+    weight, groups = problem.weight(), problem.bits.groups
     masked = weight * problem.connectivity()
-    masked = masked[problem.order(problem.out_channels)][:, problem.order(problem.in_channels)]
-    groups = problem.layout.groups
-    blocks = gather_blocks(weight, problem.layout, place(weight))
-    assert torch.equal(blocks.squeeze(1), grouping.group_blocks(masked, groups))
-    assert blocks.count_nonzero() == masked.count_nonzero()  # nothing is outside the diagonal
-    check_format(blocks, weight)
+    blocks = grouped.group_weight(weight, groups, dtype)
+    rows, columns = (torch.arange(channels).view(groups, -1) for channels in problem.channels)
+    for block, row, column in zip(blocks.unflatten(0, (groups, -1)), rows, columns, strict=True):
+        assert torch.equal(block, masked[row][:, column].to(dtype))
+    assert blocks.count_nonzero() == masked.to(dtype).count_nonzero()  # nothing is outside of the diagonal
+    if weight[0, 0].numel() > 1 and min(blocks.shape[1], weight.shape[1]) > 1:
+        assert grouped.is_channels_last(blocks) == grouped.is_channels_last(weight)
 
 
-@given(problems())
-def test_blocks_of_partners(problem: Problem) -> None:
-    weight = problem.weight()
-    groups = problem.layout.groups
-    in_order = problem.order(problem.in_channels).view(groups, 1, -1)
-    out_order = problem.order(problem.out_channels)
-    blocks = gather_blocks(weight, problem.layout, place(weight), partners=True)
-    assert blocks.shape[:2] == (groups, 1 + sum(problem.outside))
-    for slot in range(blocks.shape[1]):
-        partners = problem.partner(out_order, slot).view(groups, -1, 1)
-        assert torch.equal(blocks[:, slot], weight[partners, in_order])
-    check_format(blocks, weight)
-
-
-@given(problems())
-def test_weight_gradient_is_the_adjoint_of_the_blocks(problem: Problem) -> None:
-    weight = problem.weight()
-    blocks = gather_blocks(weight, problem.layout, place(weight))
-    grad_blocks = torch.randn_like(blocks)
-    grad = weight_gradient(grad_blocks[:, 0], weight, problem.layout, place(weight))
-    assert_close((grad * weight).sum(), (grad_blocks * blocks).sum())
-    assert not (grad * (1 - problem.connectivity())).any()
-    assert grad.stride() == weight.stride()
-
-
-@given(problems())
-def test_weight_gradient_has_the_dtype_of_the_weight(problem: Problem) -> None:
-    weight = problem.weight()
-    blocks = gather_blocks(weight, problem.layout, place(weight))[:, 0]
-    for dtype in (torch.float32, torch.bfloat16):
-        grad = weight_gradient(blocks.to(dtype), weight, problem.layout, place(weight))
-        assert torch.equal(grad, (weight * problem.connectivity()).to(dtype).double())
-
-
-# Gates.
-
-
-@given(problems(), st.booleans())
-def test_gate_gradients_are_those_of_the_connectivity(problem: Problem, sort: bool) -> None:
-    by_gate = list(problem.closed)
-    order = grouping.closed_first(gates(by_gate)).tolist() if sort else list(range(len(by_gate)))
-    problem = problem._replace(closed=tuple(by_gate[k] for k in order))
-    weight, upstream = problem.weight(), problem.weight()
-    gate = gates(by_gate).requires_grad_()
-    u = grouping.connectivity(gate, problem.out_channels, problem.in_channels, sort)
-    (u[:, :, None, None] * weight * upstream).sum().backward()
-
-    where = place(weight)
-    products = gather_blocks(weight * upstream, problem.layout, where, partners=True)
-    bits = tuple(order.index(k) for k in range(len(by_gate)))
-    assert_close(gate_gradients(products, problem.layout, bits, where), gate.grad)
+@pytest.mark.parametrize("arrange", [lambda w: w[:, :1].expand_as(w), lambda w: w.transpose(2, 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_in_no_memory_format_gets_a_gradient_of_its_own_memory(
+    form: tuple[bool, bool], arrange: Callable[[Tensor], Tensor]
+) -> None:
+    """The elements of an expanded weight share memory. The elements of its gradient must not."""
+    weight = arrange(torch.randn(16, 16, 3, 3, dtype=torch.float64))
+    leaf, gate = weight.clone().requires_grad_(), torch.tensor([0.5, -0.5, 1.0, -1.0], dtype=torch.float64)
+    x, options = torch.randn(1, 16, 4, 4, dtype=torch.float64), (gate.tolist(), *GEOMETRY, *form)
+    y = masked_conv2d(x, leaf, None, gate, *GEOMETRY, *form)
+    assert_close(autograd._output(x, weight, None, gate, *options), y, **EXACT)
+    _, grad, _ = autograd._gradients(torch.ones_like(y), x, weight, gate, *options, (False, True, False))
+    assert_close(grad, torch.autograd.grad(y.sum(), leaf)[0], **EXACT)
+    grad.add_(1)  # fails if elements share memory

@@ -18,22 +18,19 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return nn.functional.cross_entropy(model.eval()(x), torch.arange(8) % 3)
 
 
-def test_complexity_in_a_loss_closes_gates() -> None:
-    model = trained(num_classes=3)
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1)
-    for _ in range(3):
+@pytest.mark.parametrize("form", [{}, {"sort": False}], ids=str)
+def test_complexity_in_a_loss_closes_gates(form: dict[str, bool]) -> None:
+    model = trained(num_classes=3, **form)
+    optimizer = torch.optim.SGD(gates(model), 0.1)
+    for _ in range(10):
         optimizer.zero_grad()
         (loss_of(model) + complexity(model)).backward()
         optimizer.step()
     assert layer_groups(model) == [2 ** len(gate) for gate in gates(model)]
-    assert complexity(model) == sum(
-        conv.in_channels * conv.out_channels / 2 ** len(conv.gate)
-        for conv in (stage[0].conv2 for stage in (model.layer1, model.layer2, model.layer3, model.layer4))
-    )
 
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lamb"])
-def test_frozen(opt: str) -> None:
+def test_frozen_gates_stay_and_learn_again(opt: str) -> None:
     model = trained(num_classes=3)
     optimizer = create_optimizer_v2(model, opt=opt, lr=0.1, weight_decay=0.1, filter_bias_and_bn=False)
 
@@ -52,7 +49,7 @@ def test_frozen(opt: str) -> None:
     assert not any(torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
 
 
-def test_frozen_from_the_start() -> None:
+def test_a_model_is_built_with_frozen_gates() -> None:
     model = timm.create_model("test_g_resnext", freeze_groups=True)
     assert not any(gate.requires_grad for gate in gates(model))
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("gate"))
@@ -64,11 +61,11 @@ def test_refuses_models_without_dgconv(function: object) -> None:
         function(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("closed", [0, 1, 2, 3], ids=["above", "above too", "at the target", "below"])
-def test_constrained_loss(closed: int) -> None:
-    """Equations 9 and 10 of the paper, with the target at two closed gates, against their derivatives by hand."""
+@pytest.mark.parametrize("closed", [0, 2, 3], ids=["above", "at the target", "below"])
+def test_the_constrained_loss_is_that_of_the_paper(closed: int) -> None:
+    """Equations 9 and 10, with the target at two closed gates, against their derivatives by hand."""
     torch.manual_seed(0)
-    conv = DGConv2d(16, 16, 3, dtype=torch.float64)
+    conv = DGConv2d(16, 16, 3, sort=False, dtype=torch.float64)
     with torch.no_grad():
         conv.gate.fill_(0.5)[:closed] = -0.5
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
@@ -88,6 +85,6 @@ def test_constrained_loss(closed: int) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "words"), [(dict(target=0), "target=0 must"), (dict(target=0.5, exponent=-1), "exponent=-1 must")]
 )
-def test_wrong_constraints(kwargs: dict[str, float], words: str) -> None:
+def test_wrong_arguments_of_the_constrained_loss_are_named(kwargs: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         constrained_loss(torch.ones(()), DGConv2d(4, 4, 1), **kwargs)

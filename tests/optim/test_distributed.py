@@ -97,7 +97,7 @@ PARALLEL = """
         pytest.param("unused", 4, marks=pytest.mark.slow),
     ],
 )
-def test_parallel(kind: str, world: int, tmp_path: Path) -> None:
+def test_distributed_data_parallel_trains_as_one_process(kind: str, world: int, tmp_path: Path) -> None:
     """Gradients, gates and all parameters in hundred steps with gates near zero, a complexity term and a target."""
     run_ranks(tmp_path, PARALLEL, kind, world=world)
 
@@ -199,7 +199,7 @@ SHARDED = """
         ),
     ],
 )
-def test_sharded(kind: str, wanted: str, tmp_path: Path) -> None:
+def test_sharded_models_train_as_one_process_or_say_what_is_missing(kind: str, wanted: str, tmp_path: Path) -> None:
     """Parameters as in one process, also with a complexity_weight; or a clear error."""
     if kind == "fully_shard" and torch.__version__ < (2, 7):
         pytest.skip("fully_shard needs CUDA before torch 2.7")

@@ -92,7 +92,9 @@ def describe(model_name: str, folder: Path) -> None:
     architecture, cfg = resolve(model_name)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        model = create(architecture, cfg, cfg.num_classes)
+        # The original release has weights for this model, whose gates are unsorted.
+        args = {"sort": False} if model_name == "g_resnext50.dgconv_in1k" else {}
+        model = create(architecture, cfg, cfg.num_classes, **args)
     _describe(model, folder)
 
 

@@ -65,8 +65,8 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, strict
         layer.set_sort(sort)
     weight = state_dict.get(f"{prefix}weight")
     if not found and isinstance(weight, Tensor):
-        # The weight of a DGConv2d has the shape of a convolution with one group. In a part of a state dict it may not be
-        # one: in a shard, or beside frozen gates that were not saved. Initial gates have nothing to lose.
+        # The weight of a DGConv2d has the shape of a convolution with one group. In a part of a state dict it may not
+        # be one: in a shard, or beside frozen gates that were not saved. Initial gates have nothing to lose.
         is_complete = strict or layer.gate.is_meta or bool((layer.gate.abs() <= INITIAL_GATE).all())
         if weight.shape == layer.weight.shape and not (is_complete and layer.gate.requires_grad):
             return

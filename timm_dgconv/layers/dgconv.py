@@ -301,7 +301,7 @@ class DGConv2d(nn.Conv2d):
         weight = self.weight
         if torch.jit.is_scripting() and not torch.is_grad_enabled():  # type: ignore[attr-defined]
             # TorchScript saves what parameters compute for backward, in inference mode, too, where torch refuses it.
-            weight, gate = weight.detach(), gate.detach()
+            weight, gate = weight.detach(), gate.detach()  # type: ignore[operator]
         return masked_conv2d(
             x,
             weight,

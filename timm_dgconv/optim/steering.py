@@ -111,6 +111,16 @@ def steer(
     Raises:
         TypeError: If an argument is not a number.
         ValueError: If the model has no DGConv2d, or if an argument is out of its range.
+
+    Examples:
+        >>> conv = DGConv2d(8, 8, 1)
+        >>> steer(conv, target=0.25)
+        >>> optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+        >>> for _ in range(8):
+        ...     optimizer.zero_grad()
+        ...     optimizer.step()
+        >>> conv.num_groups >= 4
+        True
     """
     if weight is None:
         weight = 0.0 if target is None else DEFAULT_WEIGHT

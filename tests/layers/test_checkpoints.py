@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import gates, trained
+from conftest import conv_with, gates, trained
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.utils import ModelEma, ModelEmaV2
 from torch import Tensor, nn
@@ -18,16 +20,141 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, compact, freeze_groups, layer_groups
+from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
 
 NAME = "test_g_resnet"  # groups on a residual stream, whose channels have one order for all blocks
 FORMS: list[dict[str, Any]] = [{}, {"sort": False}]
 
-pytestmark = pytest.mark.parametrize("form", FORMS, ids=str)
+forms = pytest.mark.parametrize("form", FORMS, ids=str)
+
+
+# Formats of one layer
+
+
+def original(conv: DGConv2d) -> dict[str, Tensor]:
+    """A state dict of the original release, whose gates are unsorted."""
+    constants = {"D": torch.eye(2), "I": torch.ones(2, 2)}
+    return {"conv.weight": conv.weight, "conv.bias": conv.bias, "gate": conv.gate, **constants}
+
+
+def earlier(conv: DGConv2d) -> dict[str, Tensor]:
+    """A state dict of timm-dgconv 0.2, whose gates are unsorted."""
+    return {"weight": conv.weight, "bias": conv.bias, "gate": conv.gate}
+
+
+FORMATS: dict[Callable[[DGConv2d], dict[str, Tensor]], list[bool]] = {
+    original: [False],
+    earlier: [False],
+    nn.Module.state_dict: [False, True],
+}
+
+
+@forms
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("write", "sort"), [(write, sort) for write, sorts in FORMATS.items() for sort in sorts], ids=str
+)
+def test_a_layer_takes_the_form_of_the_gates_that_it_loads(
+    write: Callable[[DGConv2d], dict[str, Tensor]], sort: bool, device: str, assign: bool, form: dict[str, Any]
+) -> None:
+    """A checkpoint keeps its function, its gates and its further training, whatever the layer was built as."""
+    source = conv_with("0110", padding=1, sort=sort)
+    model = nn.Sequential(DGConv2d(16, 16, 3, padding=1, device=device, **form))
+    conv: Any = model[0]
+    gate, state_dict = conv.gate, {f"0.{name}": value.detach() for name, value in write(source).items()}
+    names = list(state_dict)
+    if device == "meta" and not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(state_dict, assign=assign)
+    assert list(state_dict) == names, "the caller's dict stays as it is"
+    assert conv.sort == sort
+    assert assign or conv.gate is gate or device == "meta", "an optimizer knows the parameter"
+    assert_close(dict(conv.state_dict()), dict(source.state_dict()))
+    x = torch.randn(2, 16, 5, 5)
+    grads = []
+    for layer in (conv, source):
+        y = layer(x)
+        grads.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    assert_close(*grads)
+
+
+def test_a_loader_that_goes_by_names_misses_gates_that_are_read_in_another_way() -> None:
+    names = {form: set(DGConv2d(16, 16, 3, sort=form).state_dict()) for form in (True, False)}
+    assert names[True] ^ names[False] == {"sorted_gate", "unsorted_gate"}
+
+
+@given(st.sampled_from([(16, 16), (48, 96), (24, 8)]), st.integers(0, 3), st.sampled_from(FORMS), st.integers(0, 2**31))
+def test_a_layer_loads_a_group_convolution(
+    channels: tuple[int, int], closed: int, form: dict[str, Any], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    fixed = nn.Conv2d(*channels, 3, groups=2**closed)
+    conv = DGConv2d(*channels, 3, **form)
+    fresh = conv.weight.detach().clone()
+    conv.load_state_dict(fixed.state_dict())
+    assert conv.num_groups == 2**closed
+    outside = conv.connectivity() == 0
+    assert torch.equal(conv.weight[outside], fresh[outside])
+    assert (conv.gate.abs() == PRETRAINED_GATE).all()
+    x = torch.randn(1, channels[0], 5, 5)
+    assert_close(conv(x), fixed(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"gate": torch.zeros(5)}, r"0: the checkpoint has 5 gates of shape \(5,\), expected 4 for 16 -> 16 channels"),
+        ({"gate": "open"}, r'"0\.\w*gate".*expected torch\.Tensor'),
+        ({"gate": None, "weight": None}, r'"0\.weight".*expected torch\.Tensor'),
+        ({"gate": None, "weight": torch.zeros(16, 5, 3, 3)}, r"3.2 groups; .*must be a power of two up to 16"),
+        ({"gate": None, "weight": torch.zeros(16, 4, 5, 5)}, r"expected a group convolution with a weight of shape"),
+        ({"bias": torch.zeros(3)}, r"size mismatch for 0\.bias"),
+        ({"more": torch.zeros(3)}, r'Unexpected key\(s\) in state_dict: "0\.more"'),
+        ({"unsorted_gate": torch.ones(4)}, r'Unexpected key\(s\) in state_dict: "0\.unsorted_gate"'),
+    ],
+    ids=["length of gate", "gate", "weight", "groups", "kernel", "bias", "unexpected", "two gates"],
+)
+def test_a_refused_state_dict_is_torchs_error_with_the_reason(change: dict[str, Any], why: str) -> None:
+    model = nn.Sequential(DGConv2d(16, 16, 3))
+    state_dict: dict[str, Any] = dict(model.state_dict())
+    if "gate" in change:
+        change = dict(change)
+        gate = change.pop("gate")
+        del state_dict["0.sorted_gate"]
+        change |= {} if gate is None else {"gate": gate}
+    state_dict |= {f"0.{name}": value for name, value in change.items()}
+    with pytest.raises(RuntimeError, match=rf"(?s)Error\(s\) in loading state_dict for Sequential.*{why}"):
+        model.load_state_dict(state_dict)
+
+
+@forms
+@pytest.mark.parametrize("names", [[], ["bias"], ["weight"], ["gate"], ["bias", "gate"]], ids=str)
+def test_a_part_of_a_state_dict_changes_nothing_else(names: list[str], form: dict[str, Any]) -> None:
+    conv, other = conv_with("0110", **form), conv_with("1100", sort=False)
+    conv.gate.data.mul_(1e6)  # gates that have learned: initial ones open for the weight of a convolution
+    entries = dict(other.state_dict())
+    entries["gate"] = entries.pop("unsorted_gate")
+    before = {name: value.clone() for name, value in [("gate", conv.gate), *conv.named_parameters()]}
+    found = conv.load_state_dict({name: entries[name] for name in names}, strict=False)
+    for name in ("weight", "bias", "gate"):
+        assert torch.equal(getattr(conv, name), entries[name] if name in names else before[name])
+    assert conv.sort == ("gate" not in names and form.get("sort", True))
+    assert len(found.missing_keys) == 3 - len(names)
+    assert not found.unexpected_keys
+
+
+# Loading, averaging and casting models
 
 
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=FORMS, ids=str)
+def form(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 @pytest.fixture
@@ -44,7 +171,7 @@ def assert_same(found: Any, expected: nn.Module, x: Tensor) -> None:
     assert_close(found.eval()(x), expected(x), rtol=1e-4, atol=1e-5)
 
 
-# 4. Partial state dicts
+# Partial state dicts
 
 
 def nothing(small: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +220,7 @@ def test_a_compact_model_takes_an_adapter_of_peft(small: nn.Module, x: Tensor, t
     assert_same(peft.PeftModel.from_pretrained(copy.deepcopy(small), tmp_path), model.eval(), x)
 
 
-# 5. Trainable parameters alone
+# Trainable parameters alone
 
 
 def frozen(form: dict[str, Any]) -> nn.Module:
@@ -134,7 +261,7 @@ def test_frozen_gates_stay_when_only_the_rest_is_loaded(loader: str, form: dict[
     assert_same(model, source, x)
 
 
-# 6. Loaders that go by the names of the model
+# Loaders that go by the names of the model
 
 
 def by_name(small: nn.Module, folder: Path) -> Any:
@@ -180,7 +307,7 @@ def test_a_compact_model_is_its_tensors_and_its_numbers_of_groups(
     assert_same(load(small, tmp_path), small, x)
 
 
-# 7. Averages and casts
+# Averages and casts
 
 
 def average_of_timm(small: nn.Module) -> nn.Module:
