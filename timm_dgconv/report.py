@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.g_resnet import GResNet
-from timm_dgconv.models.group_net import group_layers
+from timm_dgconv.models.group_net import GroupFeatureListNet, group_layers
 from timm_dgconv.ops.naive import connectivity
 
 
@@ -299,7 +299,7 @@ def _cardinalities(model: nn.Module) -> dict[str, int]:
     return {
         name: net.cardinality
         for prefix, net in model.named_modules()
-        if isinstance(net, GResNet) and net.cardinality > 1
+        if isinstance(net, GResNet | GroupFeatureListNet) and net.cardinality > 1
         for name, _ in net.named_modules(prefix=prefix)
     }
 

@@ -53,7 +53,9 @@ FORMATS: dict[Callable[[DGConv2d], dict[str, Tensor]], list[bool]] = {
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
-    ("write", "sort"), [(write, sort) for write, sorts in FORMATS.items() for sort in sorts], ids=str
+    ("write", "sort"),
+    [(write, sort) for write, sorts in FORMATS.items() for sort in sorts],
+    ids=lambda value: getattr(value, "__name__", str(value)),  # both workers collect the same names
 )
 def test_a_layer_takes_the_form_of_the_gates_that_it_loads(
     write: Callable[[DGConv2d], dict[str, Tensor]], sort: bool, device: str, assign: bool, form: dict[str, Any]

@@ -246,19 +246,6 @@ def test_output_can_be_changed_in_place(gate: tuple[int, ...], memory_format: to
     assert_close(grads[1], grads[0])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_lower_precision(device: str, dtype: torch.dtype) -> None:
-    conv = conv_with("0011", padding=1).to(device)
-    x = torch.randn(2, 16, 6, 6, device=device)
-    with torch.autocast(device, dtype):
-        y = conv(x)
-    assert y.dtype == dtype
-    y.float().sum().backward()
-    assert conv.gate.grad.dtype == torch.float32
-    assert_close(y.float(), conv.masked_dense(x), rtol=5e-2, atol=5e-2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_and_back_keeps_the_groups(dtype: torch.dtype) -> None:
     conv = DGConv2d(64, 64, 1)
@@ -430,9 +417,9 @@ def own_conv_forward(conv: Any) -> None:
     conv._conv_forward = lambda input, weight, bias: 2 * convolve(input, weight, bias)
 
 
-def two_convs(**kwargs: Any) -> Any:
+def two_convs() -> Any:
     torch.manual_seed(0)
-    convs = {name: nn.Conv2d(16, 16, 3, padding=1, **kwargs) for name in ("first", "second")}
+    convs = {name: nn.Conv2d(16, 16, 3, padding=1) for name in ("first", "second")}
     return nn.Sequential(OrderedDict(convs)).double()
 
 
@@ -451,22 +438,6 @@ def test_a_convolution_with_a_forward_of_its_own_is_not_converted(
     assert type(model.first) is nn.Conv2d
     assert isinstance(model.second, DGConv2d)
     assert_close(model(x), expected)
-
-
-@forms
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("names", [("weight",), ("weight", "bias")], ids=str)
-def test_tied_convolutions_stay_tied(names: tuple[str, ...], groups: int, form: dict[str, Any]) -> None:
-    """Tied layers are one function, so their gates are tied, too, if they learn their groups."""
-    model, x = two_convs(groups=groups), torch.randn(2, 16, 5, 5, dtype=torch.float64)
-    model.third = nn.Conv2d(16, 16, 3, padding=1, dtype=torch.float64)  # to convert if tied ones are not
-    for name in names:
-        setattr(model.second, name, getattr(model.first, name))
-    expected = model(x)
-    groupable(model, **form)
-    assert_close(model(x), expected)
-    apart = [name for name, _ in model.named_parameters() if name.startswith("second.")]
-    assert apart == [f"second.{name}" for name in ("weight", "bias") if name not in names]
 
 
 def larger(grad: Tensor) -> None:

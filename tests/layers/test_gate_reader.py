@@ -232,6 +232,13 @@ events = st.lists(
 )
 
 
+def check_pass(model: Any, x: Tensor, part: str, mode: str, change: str) -> None:
+    if any(net.recompute for net in model):  # a recomputation has the gates of its own time
+        change = ""
+    with MODES[mode]():
+        check(PARTS[part](model), x, lambda: torch.inference_mode(False)(CHANGES[change])(model))
+
+
 def check_sequence(seed: int, sequence: list[Any]) -> None:
     model, x = nets(seed)
     with ThreadPoolExecutor(1) as other_thread:
@@ -242,16 +249,10 @@ def check_sequence(seed: int, sequence: list[Any]) -> None:
                 model = pickle.loads(pickle.dumps(model))
             elif isinstance(event, str):
                 EVENTS[event](model)
+            elif event[-1]:
+                other_thread.submit(check_pass, model, x, *event[:-1]).result()
             else:
-                part, mode, change, in_thread = event
-
-                def run(part: str = part, mode: str = mode, change: str = change) -> None:
-                    if any(net.recompute for net in model):  # a recomputation has the gates of its own time
-                        change = ""
-                    with MODES[mode]():
-                        check(PARTS[part](model), x, lambda: torch.inference_mode(False)(CHANGES[change])(model))
-
-                other_thread.submit(run).result() if in_thread else run()
+                check_pass(model, x, *event[:-1])
 
 
 @settings(max_examples=25)

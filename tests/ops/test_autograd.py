@@ -424,7 +424,7 @@ def test_the_operators_keep_the_rules_of_torch(memory_format: torch.memory_forma
     torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d.default, (x, conv.weight, conv.bias, conv.gate, *options))
     tensors = [tensor.detach() for tensor in (torch.randn(2, 16, 5, 5), x, conv.weight, conv.gate)]
     torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d_backward.default, (*tensors, *options, [True, True, True]))
-    torch.library.opcheck(torch.ops.timm_dgconv.read_gates.default, ([conv.gate, conv.gate],))
+    torch.library.opcheck(torch.ops.timm_dgconv.read_gates.default, ([tensors[3], tensors[3]],))
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:

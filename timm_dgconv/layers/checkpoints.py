@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_dgconv.ops.algebra import closed_gates
 from timm_dgconv.ops.grouped import diagonal_blocks
 
 PRETRAINED_GATE = 0.01
@@ -33,14 +34,8 @@ GATE_NAMES = {True: "sorted_gate", False: "unsorted_gate"}
 """Whether the groups are contiguous -> name of the parameter."""
 
 
-def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, strict: bool) -> None:
+def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
     """Rewrite the entries of a DGConv2d to its own format, in place, and let it read its gates as they say.
-
-    Args:
-        layer: The layer.
-        state_dict: The state dict.
-        prefix: What the names of its entries begin with.
-        strict: Whether the state dict must have all entries.
 
     Raises:
         ValueError: If the entries do not fit the layer.
@@ -56,7 +51,7 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, strict
     found = [sort for sort, name in GATE_NAMES.items() if f"{prefix}{name}" in state_dict]
     for sort in found[:1]:
         gate = state_dict[f"{prefix}{GATE_NAMES[sort]}"]
-        if gate.shape != layer.gate.shape:
+        if isinstance(gate, Tensor) and gate.shape != layer.gate.shape:
             raise ValueError(
                 f"the checkpoint has {gate.numel()} gates of shape {tuple(gate.shape)}, expected {layer.gate.numel()} "
                 f"for {layer.in_channels} -> {layer.out_channels} channels; load it into a model of the width that it "
@@ -65,10 +60,13 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str, strict
         layer.set_sort(sort)
     weight = state_dict.get(f"{prefix}weight")
     if not found and isinstance(weight, Tensor):
-        # The weight of a DGConv2d has the shape of a convolution with one group. In a part of a state dict it may not
-        # be one: in a shard, or beside frozen gates that were not saved. Initial gates have nothing to lose.
-        is_complete = strict or layer.gate.is_meta or bool((layer.gate.abs() <= INITIAL_GATE).all())
-        if weight.shape == layer.weight.shape and not (is_complete and layer.gate.requires_grad):
+        # The weight of a DGConv2d has the shape of a convolution with one group, and may stand for itself: in a shard,
+        # or beside frozen gates that were not saved. So it opens gates only if they have nothing to lose.
+        gate = layer.gate
+        can_open = gate.requires_grad and (gate.is_meta or bool((gate.abs() <= INITIAL_GATE).all()))
+        are_open = gate.requires_grad and not can_open and not bool(closed_gates(gate).any())
+        if weight.shape == layer.weight.shape and not can_open:
+            state_dict |= {f"{prefix}{GATE_NAMES[layer.sort]}": gate.detach()} if are_open else {}
             return
         state_dict[f"{prefix}weight"], gate = from_conv(layer, weight)
         state_dict[f"{prefix}{GATE_NAMES[layer.sort]}"] = gate

@@ -76,9 +76,6 @@ class DGConv2d(nn.Conv2d):
     # torch.jit.script compiles properties, and a graph cannot read the gates on the host.
     __jit_unused_properties__ = ("closed", "gate", "num_bits", "num_groups")
 
-    gate_reading: tuple[nn.Module, Tensor] | None = None
-    """The reading of a forward call in a graph that is being compiled, see `timm_dgconv.layers.gate_reader`."""
-
     def __init__(
         self,
         in_channels: int,
@@ -120,6 +117,7 @@ class DGConv2d(nn.Conv2d):
     def add_gates(self, gate: nn.Parameter, sort: bool, nested: bool) -> None:
         """Add the gates to a convolution without gates. `timm_dgconv.groupable` converts convolutions with this."""
         self.sort, self.nested = sort, nested
+        self.gate_reading = None  # of a graph that is being compiled, see `timm_dgconv.layers.gate_reader`
         self.register_parameter(GATE_NAMES[sort], gate)
         self._channels_of_gates = (self.out_channels, self.in_channels)
 
@@ -249,7 +247,7 @@ class DGConv2d(nn.Conv2d):
         blocks = diagonal_blocks(weight.detach(), groups).flatten(0, 1).contiguous(memory_format=memory_format)
         blocks = blocks.clone(memory_format=torch.preserve_format) if groups == 1 else blocks
         delattr(self, GATE_NAMES[self.sort])
-        for name in ("sort", "nested", "steered", "_channels_of_gates"):
+        for name in ("sort", "nested", "steered", "gate_reading", "_channels_of_gates"):
             vars(self).pop(name, None)
         self.weight = nn.Parameter(blocks, self.weight.requires_grad)
         self.groups = groups
@@ -265,7 +263,7 @@ class DGConv2d(nn.Conv2d):
     ) -> None:
         """Load a format that `timm_dgconv.layers.checkpoints` lists, and report what does not fit as torch does."""
         try:
-            remap_state_dict(self, state_dict, prefix, strict=args[0])
+            remap_state_dict(self, state_dict, prefix)
         except ValueError as error:
             *_, error_msgs = args
             error_msgs.append(f"{prefix[:-1]}: {error}" if prefix else str(error))

@@ -109,6 +109,10 @@ class GroupNet(OneReading):
 class GroupFeatureListNet(OneReading, FeatureListNet):
     """timm's feature extractor of a network with DGConv2d layers."""
 
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.cardinality = getattr(model, "cardinality", 1)
+
 
 def add_gates(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Give pretrained weights without gates the gates with which a model computes the same, also if they are frozen."""

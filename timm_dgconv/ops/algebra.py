@@ -162,8 +162,9 @@ def bits(gate: Tensor, values: Tensor, sort: bool, nested: bool) -> tuple[Tensor
     num_closed = closed.sum()
     distance = values.abs()
     far = torch.full_like(distance, float("inf"))
-    of_closed = slopes.index_select(0, torch.where(closed, distance, far).argmin().reshape(1))
-    of_open = slopes.index_select(0, torch.where(closed, far, distance).argmin().reshape(1))
+    zeros = torch.zeros_like(slopes)  # if no gate of a side is finite, the nearest one may be of the other side
+    of_closed = torch.where(closed, slopes, zeros).index_select(0, torch.where(closed, distance, far).argmin().view(1))
+    of_open = torch.where(closed, zeros, slopes).index_select(0, torch.where(closed, far, distance).argmin().view(1))
     slopes = (position == num_closed - 1) * of_closed + (position == num_closed) * of_open
     return position < num_closed, slopes
 

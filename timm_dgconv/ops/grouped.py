@@ -134,12 +134,13 @@ def _slope(products: Tensor, bit: int, num_closed: int) -> Tensor:
         bit: The bit, counted from the first one inside of the groups.
         num_closed: Number of closed bits inside of the groups. The pairs agree in them, apart from the bit itself.
     """
-    before = diagonal_blocks(products, 1 << min(bit, num_closed)).sum(0)
+    agree = diagonal_blocks(products, 1 << min(bit, num_closed))
     free = 1 << max(bit - num_closed, 0)  # codes of the open bits before this one, in which the pairs may differ
-    before = before.unflatten(1, (free, 2, -1)).unflatten(0, (free, 2, -1)).sum((0, 3))
-    after = 1 << max(num_closed - bit - 1, 0)
-    first, second = (diagonal_blocks(before[half, :, 1 - half], after).sum() for half in (0, 1))
-    return first + second
+    pairs = agree.unflatten(2, (free, 2, -1)).unflatten(1, (free, 2, -1))
+    halves = [pairs[:, :, half, :, :, 1 - half] for half in (0, 1)]
+    if bit < num_closed - 1:  # closed bits after this one
+        halves = [diagonal_blocks(half[:, 0, :, 0], 1 << num_closed - bit - 1, 1) for half in halves]
+    return halves[0].sum() + halves[1].sum()
 
 
 def diagonal_blocks(weight: Tensor, groups: int, dim: int = 0) -> Tensor:
