@@ -1,4 +1,4 @@
-"""The definition of the layer: a dense convolution with a masked weight, as the original release computes it.
+"""The definition of the layer: a dense convolution with a masked weight, the form of the original release.
 
 It is the reference of all tests. Traced, exported and scripted graphs contain it, since the gates are data there, and
 torch differentiates it for second derivatives and function transforms. `grouped.py` computes the same faster.
@@ -58,7 +58,8 @@ def connectivity(
         in_channels: Number of input channels.
         sort: See `timm_dgconv.ops.algebra.read_bits`.
         nested: See `timm_dgconv.ops.algebra.read_bits`.
-        values: Values of shape (K,) by which the gates are read. The default are the values that they have now.
+        values: Values of shape (K,) by which the gates are read. The default are the values that they have now. A
+            backward pass gives those that its forward pass has read, since gates may have changed.
 
     Returns:
         Tensor of shape (out_channels, in_channels): 1 where an input channel feeds an output channel, 0 elsewhere. The
@@ -87,7 +88,8 @@ def connectivity(
     blocked = differ & closed
     num_blocked = blocked.sum(dim=1, keepdim=True)
     # u is the product of the gates over the bits of a code. At binary gates its derivative with respect to a bit is 1
-    # where the code has the bit and all its other bits are open.
+    # where the code has the bit and all its other bits are open: it has no blocked bit, or only this one. The slopes
+    # have gradients, and the value 0.
     slope = differ & (num_blocked == blocked.int())
     u = (num_blocked == 0).to(slopes.dtype).squeeze(1) + (slope.to(slopes.dtype) * slopes).sum(dim=1)
     out_codes = torch.arange(out_channels, device=gate.device) // (out_channels // num_codes)
