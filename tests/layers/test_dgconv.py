@@ -505,3 +505,15 @@ def test_wrong_shapes_are_torchs_error(shape: tuple[int, ...]) -> None:
     for layer in (nn.Conv2d(4, 4, 3), DGConv2d(4, 4, 3)):
         with pytest.raises(RuntimeError):
             layer(torch.ones(shape))
+
+
+@jit_is_deprecated
+@pytest.mark.parametrize("form", [{}, {"nested": False}, {"sort": False}], ids=str)
+def test_a_scripted_layer_validates_in_inference_mode_after_a_training_step(form: dict[str, Any]) -> None:
+    """train.py --torchscript does. Layers of one configuration share compiled code, so this one has its own."""
+    conv = torch.jit.script(DGConv2d(24, 40, 5, **form))
+    x = torch.randn(1, 24, 6, 6)
+    conv(x).sum().backward()
+    with torch.inference_mode():
+        y = conv(x)
+    assert_close(y, conv(x).detach())

@@ -507,3 +507,32 @@ def test_a_training_step_on_cuda_has_one_transfer(monkeypatch: pytest.MonkeyPatc
             model(x).sum().backward()
             torch.cuda.synchronize()
     assert sum(event.count for event in profile.key_averages() if "DtoH" in event.key) == 1
+
+
+class Adapted(gate_reader.OneReading):
+    """An owner that runs its network with other parameters, as meta-learning does."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(self.net, parameters, (x,))
+
+
+def test_gates_that_are_exchanged_during_a_pass_are_read() -> None:
+    model = network()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    parameters = {name: -p.detach() if "gate" in name else p.detach() for name, p in model.named_parameters()}
+    other = copy.deepcopy(model)
+    other.load_state_dict(parameters, strict=False)
+    assert_close(Adapted(model)(x, parameters), reference(other)(x))
+
+
+def test_a_network_can_be_transformed() -> None:
+    model = network()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().mean())(parameters)
+    model(x).square().mean().backward()
+    assert_close(list(grads.values()), [p.grad for p in model.parameters()], rtol=1e-9, atol=1e-12)

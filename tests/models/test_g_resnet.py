@@ -145,6 +145,12 @@ def test_training_starts_with_a_number_of_groups(init_groups: int | list[int]) -
     assert layer_groups(create(init_groups=4, freeze_groups=True)) == [4] * 4
 
 
+def test_the_groups_of_a_resnext_determine_its_widths_only() -> None:
+    model = timm.create_model("test_g_resnext", cardinality=6)
+    assert model.layer1[0].conv2.in_channels == 24
+    assert model.layer1[0].conv2.weight.std() > 0.05
+
+
 def test_the_density_of_a_resnext_is_a_target() -> None:
     model = create(complexity_target="resnext", cardinality=8, init_groups=1)
     optimizer = torch.optim.SGD(gates(model), 1.0)

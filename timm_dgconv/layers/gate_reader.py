@@ -38,7 +38,7 @@ class _Pass(threading.local):
 
     def end(self) -> None:
         self.call: FrameType | None = None
-        self.readings: dict[nn.Module, Sequence[float]] = {}
+        self.readings: dict[nn.Module, tuple[Tensor, Sequence[float]]] = {}
 
     def is_running(self) -> bool:
         frame = sys._getframe() if self.call is not None else None
@@ -67,6 +67,14 @@ def read_once_per_call(owner: nn.Module) -> None:
     if _before_forward not in getattr(owner, _compat.HOOKS[1]).values():
         owner.register_forward_pre_hook(_before_forward)
         owner.register_forward_hook(_after_forward, always_call=True)
+
+
+def read_per_layer(owner: nn.Module) -> None:
+    """Undo `read_once_per_call`."""
+    for name in _compat.HOOKS:
+        hooks = getattr(owner, name)
+        for key in [key for key, hook in hooks.items() if hook in (_before_forward, _after_forward)]:
+            del hooks[key]
 
 
 # torch.jit.script compiles the hooks of a module. These have the types of a network from a tensor to a tensor.
@@ -114,16 +122,16 @@ def _begin(owner: nn.Module, depth: int) -> None:
     is_direct = first is not None and first.device.type in READ_DIRECTLY  # replicas of DataParallel have no parameters
     if is_direct or _pass.is_running():
         return  # each layer reads its own gates, or has the reading of the outer owner
-    readings: dict[nn.Module, Sequence[float]] = {}
+    readings: dict[nn.Module, tuple[Tensor, Sequence[float]]] = {}
     waiting = [
         layer
         for layer in _layers(owner)
-        if has_values(layer) and autograd.is_grouped(layer.gate, layer.gate, layer.gate)
+        if autograd.is_grouped(layer.gate, layer.gate, layer.gate) and has_values(layer)
     ]
     for device in {layer.gate.device for layer in waiting}:
         here = [layer for layer in waiting if layer.gate.device == device]
         found = autograd.read_gates([layer.gate for layer in here])
-        readings |= {layer: values.tolist() for layer, values in zip(here, found, strict=True)}
+        readings |= {layer: (layer.gate, values.tolist()) for layer, values in zip(here, found, strict=True)}
     _pass.call, _pass.readings = sys._getframe(depth), readings
 
 
@@ -133,7 +141,7 @@ def _end(owner: nn.Module, depth: int) -> None:
         for layer in _layers(owner):
             if layer.gate_reading is not None and layer.gate_reading[0] is owner:
                 layer.gate_reading = None
-    elif _pass.call is not None and _pass.call is sys._getframe(depth):
+    elif _pass.call is sys._getframe(depth) or not _pass.is_running():  # torch calls hooks elsewhere after an error
         _pass.end()
 
 
@@ -147,8 +155,9 @@ def read(layer: Any) -> Sequence[float] | Tensor:
         if layer.gate_reading is not None:
             return layer.gate_reading[1]
         return _read_in_graph([layer.gate])[0]
-    values = _pass.readings.get(layer)
-    return values if values is not None and _pass.is_running() else read_alone(layer)
+    gate, values = _pass.readings.get(layer, (None, ()))
+    # torch.func.functional_call may have exchanged the gates.
+    return values if gate is not None and gate is layer.gate and _pass.is_running() else read_alone(layer)
 
 
 def read_alone(layer: Any) -> list[float]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.layers.gate_reader import read_per_layer
 from timm_dgconv.models.group_net import TRAINING_ARGS, GroupNet, layer_groups
 from timm_dgconv.ops import algebra
 
@@ -32,7 +33,7 @@ def compact(model: nn.Module) -> nn.Module:
 
     Layers with ``sort=False`` need another order of channels for this. In timm's bottlenecks the order moves into the
     1x1 convolutions around the layer. Elsewhere the copy has the smallest contiguous groups that hold the learned ones,
-    with zeros between the channels that are not connected.
+    with zeros between the channels that are not connected. Training changes these zeros.
 
     Args:
         model: A network with DGConv2d layers.
@@ -72,7 +73,8 @@ def compact(model: nn.Module) -> nn.Module:
 
 def to_group_convs(model: nn.Module) -> None:
     """Turn every DGConv2d inside a module into a torch.nn.Conv2d, in place. Layers that share weights still do."""
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    owners = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
     for module in model.modules():
         if isinstance(module, Bottleneck):
             _sort_channels(module, {key for key, count in owners.items() if count > 1})
@@ -86,6 +88,8 @@ def to_group_convs(model: nn.Module) -> None:
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name else str(error)) from error
         conv.weight = weights.setdefault(key, conv.weight)
+    for module in model.modules():
+        read_per_layer(module)
 
 
 @torch.no_grad()
@@ -108,7 +112,13 @@ def _sort_channels(block: Any, tied: set[int]) -> None:
     changed = [block.conv1, block.conv3, *(module for m in inside for module in m.modules())]
     is_free = is_pointwise and all(type(m) in (*_PER_CHANNEL, nn.Conv2d, DGConv2d) for m in changed)
     has_hooks = any(getattr(module, hooks) for module in changed for hooks in _compat.HOOKS)
-    if not is_free or has_hooks or any(id(p) in tied for module in changed for p in module.parameters()):
+    is_timms = type(block).forward is Bottleneck.forward and not any("forward" in vars(m) for m in (block, *changed))
+    if (
+        not is_free
+        or not is_timms
+        or has_hooks
+        or any(id(p) in tied for module in changed for p in module.parameters())
+    ):
         return
     bits = conv.bits()
     order = {channels: algebra.channel_order(bits, channels) for channels in (conv.in_channels, conv.out_channels)}

@@ -63,7 +63,8 @@ def fold_norm(conv: Any, norm: Any) -> Any:
     if type(conv) is not nn.Conv2d or not is_batch_norm or norm.running_mean is None:
         return norm
     is_plain = dict(conv.named_parameters()).keys() == {"weight", "bias"} - ({"bias"} if conv.bias is None else set())
-    if not is_plain or "forward" in vars(conv) or any(getattr(m, h) for m in (conv, norm) for h in _compat.HOOKS):
+    has_own_forward = {"forward", "_conv_forward"} & {*vars(conv), *vars(norm)}
+    if not is_plain or has_own_forward or any(getattr(m, h) for m in (conv, norm) for h in _compat.HOOKS):
         return norm
     # Fold in float64: the weights may be in half precision.
     names = ("running_mean", "running_var", "weight", "bias")
@@ -71,7 +72,8 @@ def fold_norm(conv: Any, norm: Any) -> Any:
     mean, var, weight, bias = values
     conv_bias = None if conv.bias is None else conv.bias.double()
     fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)
-    conv.weight.copy_(fused_weight)
+    # Another convolution of the block may share the weight.
+    conv.weight = nn.Parameter(fused_weight.to(conv.weight.dtype), conv.weight.requires_grad)
     conv.bias = nn.Parameter(fused_bias.to(conv.weight.dtype), conv.weight.requires_grad)
     if type(norm) in _BATCH_NORMS_WITH_ACT:
         return nn.Sequential(norm.drop, norm.act)

@@ -82,6 +82,12 @@ class GroupNet(OneReading):
         if init_groups is not None and groups is not None:
             raise ValueError(f"init_groups={init_groups} needs gates, and groups=... has none; leave one out")
         super().__init__(*args, **kwargs)
+        for name, conv in self.named_modules():
+            if isinstance(conv, nn.Conv2d) and self.learns_groups(name, conv) and conv.groups > 1:
+                # The groups of a ResNeXt only determine its widths, and need not be a power of two.
+                shape = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+                conv.weight = nn.Parameter(conv.weight.detach().new_zeros(shape))
+                conv.groups = 1
         groupable(self, self.learns_groups, sort, nested)
         convs = {name: module for name, module in self.named_modules() if isinstance(module, DGConv2d)}
         for conv in convs.values():
