@@ -106,7 +106,8 @@ def test_networks_of_this_package_compute_the_same(name: str, kwargs: dict[str, 
     if not kwargs:
         model.eval()
         assert_close(small.forward_features(x), model.forward_features(x))
-        assert_close(small.forward_intermediates(x), model.forward_intermediates(x))
+        if hasattr(model, "forward_intermediates"):  # timm 1.0.21 has none for HRNet
+            assert_close(small.forward_intermediates(x), model.forward_intermediates(x))
         assert_close(small.train()(x), model.train()(x))
 
 
@@ -119,7 +120,8 @@ def test_a_converted_network_computes_the_same_and_has_the_types_of_its_source(n
     assert types(small) == types(source)
     for other in (small, reparameterize_model(model)):
         assert_close(other(x), model(x))
-    assert_close(small.forward_intermediates(x), model.forward_intermediates(x))
+    if hasattr(model, "forward_intermediates"):  # timm 1.0.21 has none for HRNet
+        assert_close(small.forward_intermediates(x), model.forward_intermediates(x))
     assert_close(small.train()(x), model.train()(x))
 
 

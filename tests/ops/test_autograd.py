@@ -158,6 +158,7 @@ def test_more_random_layers(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, data: st.DataObject) -> None:
     conv = data.draw(layers(torch.float32 if autocast else dtype, max_bits=5))
+    assume(conv.padding_mode == "zeros" or dtype is not torch.float16)  # torch 2.5 cannot pad it otherwise on a CPU
     with torch.no_grad():
         conv.weight.mul_(conv.weight[0].numel() ** 0.5 / 2)
     x = data.draw(inputs(conv)).requires_grad_()
