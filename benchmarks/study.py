@@ -83,7 +83,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 RATES = {
     "sgd": {"scratch": 0.1, "dense": 0.02, "warmup": 1e-3},
-    "adamw": {"scratch": 2e-3, "dense": 2e-4, "warmup": 1e-5},
+    "adamw": {"scratch": 2e-3, "dense": 1e-3, "warmup": 1e-5},
 }
 """Learning rates from each start, and the one with which the warmup begins."""
 SETTLE = 0.6

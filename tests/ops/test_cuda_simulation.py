@@ -213,7 +213,7 @@ def test_number_of_dimensions(closed: str, form: tuple[bool, bool]) -> None:
     for memory_format in ("contiguous", "channels_last"):
         case = Case((1 << len(closed),) * 2, closed, 7, 1, input_format=memory_format, weight_format=memory_format)
         for operators in run(case._replace(form=form)):
-            assert operators.dimensions <= (8 if form[0] else 25)
+            assert operators.dimensions <= 25
 
 
 @pytest.mark.usefixtures("simulation")

@@ -62,7 +62,7 @@ widths = st.sampled_from([1, 2, 3, 4, 8, 16, 1024])
 
 
 class Convolutions(TorchDispatchMode):
-    """Records the number of groups of the convolutions for weight gradients."""
+    """Records the number of groups of the convolutions for weights and gates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,6 +71,8 @@ class Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution_backward.default and args[-1][1]:
             self.groups.append(args[-2])
+        elif func is torch.ops.aten.convolution.default:
+            self.groups.append(args[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -93,7 +95,7 @@ def check(problem: Problem, width: int, device: str) -> None:
             assert grads[1].stride() == weight.stride()
             assert not found[2][(problem.connectivity() == 0).expand_as(weight)].any()
             counted = grouped.weight_gradient_groups(weight, grad.dtype, problem.bits, needs_gate)
-            assert convolutions.groups == counted
+            assert sorted(convolutions.groups) == sorted(counted)
             assert len(counted) == 1 or not problem.form[1], "nested layers compute one convolution, of any width"
 
 
@@ -139,18 +141,22 @@ def test_halves_are_swapped_across_a_bit(problem: Problem, bit: int) -> None:
     assert y.stride() == x.stride()
 
 
-@given(problems(), st.sampled_from([torch.float64, torch.bfloat16]))
-def test_the_weight_of_the_groups_is_the_diagonal_of_the_masked_weight(problem: Problem, dtype: torch.dtype) -> None:
-    problem = problem._replace(form=(True, True))
-    weight, groups = problem.weight(), problem.bits.groups
-    masked = weight * problem.connectivity()
-    blocks = grouped.group_weight(weight, groups, dtype)
-    rows, columns = (torch.arange(channels).view(groups, -1) for channels in problem.channels)
-    for block, row, column in zip(blocks.unflatten(0, (groups, -1)), rows, columns, strict=True):
-        assert torch.equal(block, masked[row][:, column].to(dtype))
-    assert blocks.count_nonzero() == masked.to(dtype).count_nonzero()  # nothing is outside of the diagonal
-    if weight[0, 0].numel() > 1 and min(blocks.shape[1], weight.shape[1]) > 1:
-        assert grouped.is_channels_last(blocks) == grouped.is_channels_last(weight)
+@given(problems(), st.sampled_from([torch.float64, torch.bfloat16]), st.integers(0, 4))
+def test_the_weights_of_groups_and_of_neighbours_are_blocks_of_the_dense_weight(
+    problem: Problem, dtype: torch.dtype, position: int
+) -> None:
+    weight, groups, (closed, opened) = problem.weight(), problem.bits.groups, problem.bits.positions
+    orders = [channel_order(problem.bits.closed, channels).view(groups, -1) for channels in problem.channels]
+    found = {0: grouped.group_weight(weight, closed, opened, dtype)}
+    if closed:
+        position %= len(closed)
+        found[groups >> position + 1] = grouped.neighbour_weight(weight, closed, opened, position, dtype)
+    for neighbour, kernel in found.items():
+        for group, block in enumerate(kernel.unflatten(0, (groups, -1))):
+            outputs, inputs = orders[0][group], orders[1][group ^ neighbour]
+            assert torch.equal(block, weight[outputs][:, inputs].to(dtype))
+        if weight[0, 0].numel() > 1 and min(kernel.shape[1], weight.shape[1]) > 1:
+            assert grouped.is_channels_last(kernel) == grouped.is_channels_last(weight)
 
 
 @pytest.mark.parametrize("arrange", [lambda w: w[:, :1].expand_as(w), lambda w: w.transpose(2, 3)])

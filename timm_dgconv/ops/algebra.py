@@ -37,10 +37,11 @@ class Bits(NamedTuple):
         """Whether all closed bits come first, so that each group is a range of channels."""
         return self.prefix == sum(self.closed)
 
-    def sorted(self) -> "Bits":
-        """Return the bits in the order of their channels after `timm_dgconv.ops.grouped.exchange_bits`."""
-        order = sorted(range(len(self.closed)), key=lambda k: not self.closed[k])
-        return Bits(tuple(self.closed[k] for k in order), tuple(self.gates[k] for k in order))
+    @property
+    def positions(self) -> tuple[list[int], list[int]]:
+        """The closed bits and the open bits: in this order, the groups are contiguous."""
+        bits = range(len(self.closed))
+        return [k for k in bits if self.closed[k]], [k for k in bits if not self.closed[k]]
 
 
 def num_bits(in_channels: int, out_channels: int) -> int:

@@ -124,7 +124,9 @@ def _output(
     with _without_autocast(input):
         if bits.is_sorted:
             return grouped.output(input, weight, bias, bits, *geometry)
-        y = grouped.output(*_exchange(bits, input, weight, bias), *geometry)
+        x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
+        bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
+        y = grouped.output(x, weight, bias, bits, *geometry)
         return grouped.exchange_bits(y, bits.closed, inverse=True)
 
 
@@ -141,33 +143,20 @@ def _gradients(
     bits = _bits(values, sort, nested)
     channels_last = is_channels_last(input, weight)
     grad, x, w = grouped.in_format(grad_output, channels_last), grouped.in_format(input, channels_last), _dense(weight)
+    if not bits.is_sorted:
+        grad, x = (grouped.exchange_bits(tensor, bits.closed) for tensor in (grad, x))
     grad_input = grad_weight = grad_gate = None
     with _without_autocast(input):
-        x, w, _, ordered = (x, w, None, bits) if bits.is_sorted else _exchange(bits, x, w, None)
-        grad = grad if bits.is_sorted else grouped.exchange_bits(grad, bits.closed)
         if needs_input:
-            grad_input = grouped.input_gradient(grad, x, w, ordered, *geometry)
+            grad_input = grouped.input_gradient(grad, x, w, bits, *geometry)
             if not bits.is_sorted:
                 grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
         if needs_weight or needs_gate:
-            grad_weight, grad_gate = grouped.weight_and_gate_gradients(grad, x, w, ordered, needs_gate, *geometry)
-            for dim in () if bits.is_sorted else (0, 1):
-                grad_weight = grouped.exchange_bits(grad_weight, bits.closed, dim, inverse=True)
+            grad_weight, grad_gate = grouped.weight_and_gate_gradients(grad, x, w, bits, needs_gate, *geometry)
             if grad_weight.stride() != weight.stride():
                 grad_weight = torch.empty_like(weight).copy_(grad_weight)
         grad_gate = None if grad_gate is None else grad_gate.to(gate.dtype)
     return tuple(weight.new_empty(0) if grad is None else grad for grad in (grad_input, grad_weight, grad_gate))
-
-
-def _exchange(
-    bits: Bits, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Bits]:
-    """Order the channels of an unsorted layer so that its groups are contiguous."""
-    x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
-    for dim in (0, 1):
-        weight = grouped.exchange_bits(weight, bits.closed, dim)
-    bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
-    return x, weight, bias, bits.sorted()
 
 
 def _dense(weight: Tensor) -> Tensor:
