@@ -147,7 +147,7 @@ SHARDED = """
             raise AssertionError("the gates are in another process")
     with gathered(sharded):
         assert layer_groups(sharded) == layer_groups(alone)
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (sharded, alone)]
+    optimizers = [torch.optim.SGD(m.parameters(), 0.02, momentum=0.9) for m in (sharded, alone)]
     flipped = 0
     for step in range(50):
         x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
