@@ -49,6 +49,17 @@ FORMATS: dict[Callable[[DGConv2d], dict[str, Tensor]], list[bool]] = {
 }
 
 
+@pytest.mark.parametrize("write", [original, earlier])
+def test_gates_that_do_not_say_how_they_are_read_are_read_unsorted_with_a_warning(
+    write: Callable[[DGConv2d], dict[str, Tensor]],
+) -> None:
+    entries = write(conv_with("0110"))
+    conv = conv_with("0110")
+    with pytest.warns(UserWarning, match="trained with sort=True, rename its keys from gate to sorted_gate"):
+        conv.load_state_dict(entries)
+    assert not conv.sort
+
+
 @forms
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])

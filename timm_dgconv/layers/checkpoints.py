@@ -12,6 +12,7 @@ them, and never reads them in another way.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
     for name in ("D", "I"):  # constants of the original release: a 2x2 identity and 2x2 ones
         state_dict.pop(f"{prefix}{name}", None)
     if f"{prefix}gate" in state_dict:
+        if layer.sort:
+            warnings.warn(
+                "the checkpoint is of timm-dgconv 0.2 or of the original release, so its gates are read unsorted; if "
+                "it was trained with sort=True, rename its keys from gate to sorted_gate",
+                stacklevel=2,
+            )
         state_dict.setdefault(f"{prefix}unsorted_gate", state_dict.pop(f"{prefix}gate"))
 
     found = [sort for sort, name in GATE_NAMES.items() if f"{prefix}{name}" in state_dict]
