@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import nn
 
 from timm_dgconv import DGConv2d
+from timm_dgconv.cli import main
 from timm_dgconv.layers import gate_reader
 
 # Time limits of single examples say more about the machine than about the code.
@@ -31,6 +32,13 @@ settings.load_profile("timm-dgconv")
 
 DATA = Path(__file__).parent / "data"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]  # of a layer
+
+forms = pytest.mark.parametrize("form", FORMS, ids=str)
+sorted_or_not = pytest.mark.parametrize("form", [{}, {"sort": False}], ids=str)
+jit_is_deprecated = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,8 +73,34 @@ def conv_with(
     return conv
 
 
-def gates(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [module.gate for module in model.modules() if isinstance(module, DGConv2d)]
+def layers(model: nn.Module) -> list[DGConv2d]:
+    return [module for module in model.modules() if isinstance(module, DGConv2d)]
+
+
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    return [layer.gate for layer in layers(model)]
+
+
+def own_forward(conv: Any) -> None:
+    """Give a convolution another forward pass."""
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    """What a network of images computes in evaluation mode."""
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    images = torch.randn(2, stem.in_channels, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.eval()(images)
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], command: list[str], *said: str) -> None:
+    """The command exits with status 2, writes one line of error with these words, and prints nothing else."""
+    assert main(command) == 2
+    out, error = capsys.readouterr()
+    assert all(words in error for words in said), error
+    assert (out, len(error.splitlines())) == ("", 1)
 
 
 RANK = """

@@ -1,4 +1,4 @@
-"""Memory and compiled graphs do not grow while gates open and close and while models come and go."""
+"""Memory does not grow while gates open and close and while models come and go."""
 
 import copy
 import gc
@@ -77,23 +77,6 @@ def test_steps_of_a_layer_keep_no_memory(warm_up: int, steps: int) -> None:
 @STEERING
 def test_steps_of_a_network_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) -> None:
     check_flat(trainer(trained(num_classes=5, **kwargs), (2, 3, 32, 32)), warm_up, steps)
-
-
-@pytest.mark.parametrize("steps", [20, pytest.param(300, marks=slow)])
-def test_a_network_is_compiled_once_for_all_groups(steps: int) -> None:
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    step = trainer(torch.compile(trained(num_classes=5), backend=backend, fullgraph=True), (2, 3, 32, 32))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(steps):
-            step()
-    assert len(graphs) == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=slow)])

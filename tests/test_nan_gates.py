@@ -7,19 +7,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import gates, trained
+from conftest import forms, gates, jit_is_deprecated, trained
 from torch import Tensor
 
 from timm_dgconv import DGConv2d, compact, group_report, layer_groups
 from timm_dgconv.layers.checkpoints import GATE_NAMES
-from timm_dgconv.ops import algebra, naive
 
 HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 nan_gates_raise = pytest.raises(RuntimeError, match=r"gates of a DGConv2d are nan: .*diverged")
-
-
-FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]
-EVERY_FORM = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
 def nan_layer(form: dict[str, Any]) -> DGConv2d:
@@ -27,13 +22,6 @@ def nan_layer(form: dict[str, Any]) -> DGConv2d:
     with torch.no_grad():
         conv.gate[1] = math.nan
     return conv
-
-
-@EVERY_FORM
-def test_connectivity_and_complexity_are_nan(form: dict[str, Any]) -> None:
-    gate, form = torch.tensor([1.0, math.nan]), {"sort": True, "nested": True, **form}
-    assert naive.connectivity(gate, 4, 4, **form).isnan().any()
-    assert algebra.complexity(gate, 4, 4, **form).isnan()
 
 
 def detached(conv: DGConv2d) -> dict[str, Tensor]:
@@ -59,7 +47,7 @@ EAGER: dict[str, Callable[[DGConv2d, Tensor], Any]] = {
 
 @pytest.mark.usefixtures("gate_reads")
 @pytest.mark.parametrize("how", list(EAGER))
-@EVERY_FORM
+@forms
 def test_the_host_raises_in_every_use_of_the_layer(form: dict[str, Any], how: str) -> None:
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
     EAGER[how](DGConv2d(16, 16, 3, dtype=torch.float64, **form), x)
@@ -67,9 +55,9 @@ def test_the_host_raises_in_every_use_of_the_layer(form: dict[str, Any], how: st
         EAGER[how](nan_layer(form), x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@jit_is_deprecated
 @pytest.mark.parametrize("how", ["script", "trace", "fx", "export", "compile"])
-@EVERY_FORM
+@forms
 def test_a_graph_returns_nan_or_raises(how: str, form: dict[str, Any]) -> None:
     """The operator that torch.compile calls raises."""
     x = torch.randn(1, 16, 5, 5)
@@ -105,14 +93,8 @@ def test_models_with_nan_gates_load_and_are_not_converted() -> None:
         model(torch.randn(1, 3, 32, 32))
 
 
-# Training.
-
-
-STEERING = [{}, {"sort": False, "complexity_weight": 0.1}, {"complexity_target": 0.1}]
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kwargs", STEERING, ids=["free", "weight", "target"])
+@pytest.mark.parametrize("kwargs", [{}, {"sort": False, "complexity_weight": 0.1}, {"complexity_target": 0.1}], ids=str)
 def test_a_diverged_training_is_noticed(kwargs: dict[str, Any], compiled: bool) -> None:
     model = trained(num_classes=3, **kwargs)
     run: Any = torch.compile(model, backend="aot_eager") if compiled else model

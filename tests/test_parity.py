@@ -17,32 +17,20 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 NUM_CASES = 8
 
 
-def _layer(spec: dict[str, Any], tensors: dict[str, Tensor]) -> DGConv2d:
-    conv = DGConv2d(
-        spec["channels"],
-        spec["channels"],
-        spec["kernel_size"],
-        stride=spec["stride"],
-        padding=spec["padding"],
-        dilation=spec["dilation"],
-        bias=spec["bias"],
-        sort=spec["sort"],
-        nested=False,
-        dtype=torch.float64,
-    )
+def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, Tensor], DGConv2d]:
+    """The options of a layer, the tensors that are known of it, and the layer."""
+    tensors, metadata = parity("dgconv2d")
+    spec = json.loads(metadata["cases"])[case]
+    tensors = {key.split(".", 1)[1]: value for key, value in tensors.items() if key.startswith(f"case{case}.")}
+    options = {name: spec[name] for name in ("kernel_size", "stride", "padding", "dilation", "bias", "sort")}
+    conv = DGConv2d(spec["channels"], spec["channels"], **options, nested=False, dtype=torch.float64)
     # The files of the original release have no sorted gates, so they are called `gate` in both forms here.
     state_dict = {key: tensors[key] for key in ("weight", "bias", "gate") if key in tensors}
     if spec["sort"]:
         state_dict["sorted_gate"] = state_dict.pop("gate")
     conv.load_state_dict(state_dict)
     assert conv.sort == spec["sort"]
-    return conv
-
-
-def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors, metadata = parity("dgconv2d")
-    spec = json.loads(metadata["cases"])[case]
-    return spec, {key.split(".", 1)[1]: value for key, value in tensors.items() if key.startswith(f"case{case}.")}
+    return spec, tensors, conv
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
@@ -50,8 +38,8 @@ def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, Tensor]
 def test_a_layer_has_the_numbers_of_the_original(
     parity: Vectors, case: int, memory_format: torch.memory_format
 ) -> None:
-    spec, expected = _case(parity, case)
-    conv = _layer(spec, expected).to(memory_format=memory_format)
+    spec, expected, conv = _case(parity, case)
+    conv.to(memory_format=memory_format)
     x = expected["x"].to(memory_format=memory_format).requires_grad_()
     y = conv(x)
     assert_close(y, expected["y"], **TOLERANCE)
@@ -67,8 +55,7 @@ def test_a_layer_has_the_numbers_of_the_original(
 
 @pytest.mark.parametrize("case", range(NUM_CASES))
 def test_the_regularizer_has_the_numbers_of_the_original(parity: Vectors, case: int) -> None:
-    spec, expected = _case(parity, case)
-    conv = _layer(spec, expected)
+    _, expected, conv = _case(parity, case)
     complexity = conv.complexity()
     assert_close(complexity.reshape(1), expected["regularizer"], **TOLERANCE)
     assert_close(conv.connectivity().sum().reshape(1), expected["regularizer"], **TOLERANCE)
@@ -113,8 +100,8 @@ def test_a_network_has_the_numbers_of_the_original(parity: Vectors, name: str) -
 def test_a_layer_on_cuda_has_the_numbers_of_the_original(
     parity: Vectors, case: int, autocast: bool, rtol: float
 ) -> None:
-    spec, expected = _case(parity, case)
-    conv = _layer(spec, expected).to("cuda", torch.float32)
+    _, expected, conv = _case(parity, case)
+    conv.to("cuda", torch.float32)
     x = expected["x"].to("cuda", torch.float32).requires_grad_()
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         y = conv(x)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import assert_refused, layers
 from torch import nn
 
 from timm_dgconv import DGConv2d, group_report, plots
@@ -39,7 +40,7 @@ def test_a_plot_is_written_in_the_format_of_its_name(
 def test_many_layers_and_checkpoints_are_drawn(tmp_path: Path) -> None:
     """Wide layers, names without room, and layers outside of a G-ResNeXt."""
     model = timm.create_model("g_resnext101", device="meta")
-    for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
+    for conv in layers(model):
         conv.sorted_gate = nn.Parameter(torch.randn(conv.gate.shape))
     wide = group_report(model)
     plots.draw(wide, tmp_path / "wide.png", ["layer4.0.conv2", *(f"layer3.{n}.conv2" for n in range(4))])
@@ -55,5 +56,5 @@ def test_missing_matplotlib_is_reported_before_a_checkpoint_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"]) == 2
-    assert capsys.readouterr().err == "timm-dgconv inspect: plots need matplotlib: pip install 'timm-dgconv[plot]'\n"
+    said = "timm-dgconv inspect: plots need matplotlib: pip install 'timm-dgconv[plot]'\n"
+    assert_refused(capsys, ["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"], said)

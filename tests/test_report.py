@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import layers
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,7 @@ def without_weights(name: str, seed: int = 0, p: float = 0.5, **kwargs: Any) -> 
     """A model on the meta device with gates on the CPU that are open with probability p."""
     model = timm.create_model(name, device="meta", **kwargs)
     generator = torch.Generator().manual_seed(seed)
-    for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
+    for conv in layers(model):
         gate = torch.where(torch.rand(conv.gate.shape, generator=generator) < p, 0.01, -0.01)
         setattr(conv, GATE_NAMES[conv.sort], nn.Parameter(gate))
     return model
@@ -68,14 +69,9 @@ def test_counts_are_those_of_torch(name: str, size: tuple[int, int, int] | None,
         assert report.resnext == counted(fixed, report.input_size)
 
         again = group_report(compact, size)
-        assert [getattr(again, n) for n in ("learned", "dense", "resnext")] == [
-            report.learned,
-            report.dense,
-            report.resnext,
-        ]
-        assert [(c.groups, c.learned, c.bits) for c in again.layers] == [
-            (c.groups, c.learned, None) for c in report.layers
-        ]
+        assert (again.learned, again.dense, again.resnext) == (report.learned, report.dense, report.resnext)
+        assert [(c.groups, c.learned) for c in again.layers] == [(c.groups, c.learned) for c in report.layers]
+        assert {c.bits for c in again.layers} == {None}
         for layer, shape in zip(report.layers, again.layers, strict=True):
             conv = model.get_submodule(layer.name)
             assert isinstance(conv, DGConv2d)
@@ -100,7 +96,7 @@ def test_dense_and_resnext_are_those_of_timm() -> None:
 def test_the_table_and_the_dict_have_the_numbers() -> None:
     model = without_weights(TINY, num_classes=10, sort=False)
     with torch.no_grad():
-        for conv in (module for module in model.modules() if isinstance(module, DGConv2d)):
+        for conv in layers(model):
             conv.gate.copy_(torch.tensor([-1.0, 1, -1, 1, 1][: len(conv.gate)]))
     report = group_report(model)
     assert str(report).splitlines()[:5] == [

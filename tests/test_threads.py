@@ -17,8 +17,6 @@ from timm_dgconv import compact, freeze_groups
 THREADS = 8
 TIMEOUT = 120  # seconds, for a thread that waits for ever
 
-STEERED = {"complexity_target": 0.1}
-
 pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 
 
@@ -82,7 +80,7 @@ def test_threads_infer_while_copies_are_made(mode: Callable[[], torch.inference_
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize("kwargs", [{}, {"sort": False, "complexity_weight": 0.1}, STEERED], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"sort": False, "complexity_weight": 0.1}, {"complexity_target": 0.1}], ids=str)
 def test_threads_train_copies_of_a_model(kwargs: dict[str, Any]) -> None:
     model = network(**kwargs)
     copies = [copy.deepcopy(model) for _ in range(THREADS)]

@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import trained
-from torch import Tensor, nn
+from conftest import assert_refused, outputs, trained
+from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, group_report, layer_groups
@@ -54,36 +54,22 @@ def train_checkpoint(model: nn.Module, **model_kwargs: Any) -> dict[str, Any]:
     return {"epoch": 3, "arch": "test_g_resnext", "state_dict": model.state_dict(), "args": args}
 
 
-def outputs(model: nn.Module) -> Tensor:
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    images = torch.randn(2, stem.in_channels, 64, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return model.eval()(images)
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def nested() -> nn.Module:
-    return trained(num_classes=11).eval()
+def tiny(**kwargs: Any) -> Any:
+    return trained(num_classes=11, **kwargs).eval()
 
 
-@pytest.fixture(scope="module")
-def unsorted() -> nn.Module:
-    return trained(num_classes=11, sort=False).eval()
-
-
-@pytest.fixture(scope="module")
-def other() -> nn.Module:
+def another() -> nn.Module:
     return timm.create_model("test_g_resnext", num_classes=11, zero_init_last=False).eval()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(nested: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.pth"
-    torch.save(nested.state_dict(), path)
+    torch.save(tiny().state_dict(), path)
     return str(path)
 
 
@@ -92,30 +78,24 @@ def checkpoint(nested: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> s
     "form", ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "bare.pt", "safetensors"]
 )
 def test_every_form_of_checkpoint_keeps_its_outputs(
-    nested: nn.Module,
-    unsorted: nn.Module,
-    other: nn.Module,
-    form: str,
-    compact: bool,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    form: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny: Any = unsorted if "original" in form or form == "bare.pt" else nested
+    model = tiny(**{"sort": False} if "original" in form or form == "bare.pt" else {})
     source, out = tmp_path / "source" / f"checkpoint.{form.partition('.')[2] or form}", tmp_path / "out"
     source.parent.mkdir()
     if form == "safetensors":
-        safetensors.torch.save_file(tiny.state_dict(), source)
+        safetensors.torch.save_file(model.state_dict(), source)
     elif form == "train.pth.tar":
-        torch.save(train_checkpoint(other) | {"state_dict_ema": tiny.state_dict()}, source)
+        torch.save(train_checkpoint(another()) | {"state_dict_ema": model.state_dict()}, source)
     elif form == "bare.pt":
-        torch.save(copy.deepcopy(tiny).to(memory_format=torch.channels_last).state_dict(), source)
+        torch.save(copy.deepcopy(model).to(memory_format=torch.channels_last).state_dict(), source)
     else:
-        torch.save(original(tiny), source, _use_new_zipfile_serialization="2019" not in form)
+        torch.save(original(model), source, _use_new_zipfile_serialization="2019" not in form)
     options = ["--compact"] if compact else []
     assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
     assert names(tmp_path) == ["out", "source"]
     assert names(out) == ["README.md", "config.json", "groups.png", "model.safetensors"]
-    first = tiny.layer1[0].conv2
+    first = model.layer1[0].conv2
     row = rf"\| layer1\.0\.conv2 \| {first.in_channels} -> {first.out_channels} \| {first.num_groups} \|"
     assert re.search(row, (out / "README.md").read_text())
     assert ("The numbers of groups per layer are" in (out / "README.md").read_text()) is compact
@@ -124,23 +104,21 @@ def test_every_form_of_checkpoint_keeps_its_outputs(
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert re.search(rf"{path.name} +{path.stat().st_size:,} bytes  sha256 {digest}\n", printed)
 
-    model = load(out)
-    assert any(isinstance(module, DGConv2d) for module in model.modules()) is not compact
-    assert model.pretrained_cfg["tag"] == "mine"
-    if compact:
-        assert_close(outputs(model), outputs(tiny), rtol=0, atol=1e-5 * outputs(tiny).abs().max().item())
-    else:
-        assert torch.equal(outputs(model), outputs(tiny))
+    loaded, expected = load(out), outputs(model)
+    assert any(isinstance(module, DGConv2d) for module in loaded.modules()) is not compact
+    assert loaded.pretrained_cfg["tag"] == "mine"
+    assert_close(outputs(loaded), expected, rtol=0, atol=1e-5 * expected.abs().max().item() if compact else 0)
     config = json.loads((out / "config.json").read_text())
     assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 11
-    assert config.get("model_args", {}).get("groups") == (layer_groups(tiny) if compact else None)
+    assert config.get("model_args", {}).get("groups") == (layer_groups(model) if compact else None)
     with safetensors.safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_averaged_weights_are_optional(nested: nn.Module, other: nn.Module, tmp_path: Path) -> None:
-    torch.save({"model": other.state_dict(), "model_ema": nested.state_dict()}, tmp_path / "both.pth")
-    for option, expected in ([], nested), (["--no-ema"], other):
+def test_averaged_weights_are_optional(tmp_path: Path) -> None:
+    average, other = tiny(), another()
+    torch.save({"model": other.state_dict(), "model_ema": average.state_dict()}, tmp_path / "both.pth")
+    for option, expected in ([], average), (["--no-ema"], other):
         out = tmp_path / f"out{len(option)}"
         assert main(["convert", str(tmp_path / "both.pth"), "--model", TINY, "--out", str(out), *option]) == 0
         assert torch.equal(outputs(load(out)), outputs(expected))
@@ -205,10 +183,7 @@ def test_model_kwargs_override_the_checkpoint(stored: dict[str, Any], tmp_path: 
     ("kwargs", "said"),
     [
         (["nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
-        (
-            ["stem_type=deep", "stem_width=x"],
-            "test_g_resnext cannot be built with {'stem_type': 'deep', 'stem_width': 'x'}",
-        ),
+        (["stem_type=deep", "stem_width=x"], "cannot be built with {'stem_type': 'deep', 'stem_width': 'x'}"),
         (["stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
     ],
 )
@@ -216,12 +191,8 @@ def test_model_kwargs_override_the_checkpoint(stored: dict[str, Any], tmp_path: 
 def test_wrong_model_kwargs_are_named_in_one_line(
     command: str, kwargs: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--out", str(tmp_path / "out")] if command == "convert" else []
-    assert main([command, checkpoint, "--model", TINY, *options, "--model-kwargs", *kwargs]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"timm-dgconv {command}: ")
-    assert said in error
-    assert len(error.splitlines()) == 1
+    options = ["--model-kwargs", *kwargs, *(["--out", str(tmp_path / "out")] if command == "convert" else [])]
+    assert_refused(capsys, [command, checkpoint, "--model", TINY, *options], f"timm-dgconv {command}: ", said)
     assert names(tmp_path) == []
 
 
@@ -297,23 +268,16 @@ def test_wrong_options_are_named_in_one_line(
     args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
-    assert main(["convert", checkpoint, *options]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert len(error.splitlines()) == 1
+    assert_refused(capsys, ["convert", checkpoint, *options], said)
     assert names(tmp_path) == []
 
 
 def test_other_outputs_after_the_conversion_are_an_error(
-    other: nn.Module,
-    checkpoint: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(convert, "reload", lambda folder: other)
-    assert main(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]) == 2
-    assert "the outputs of the reloaded model differ by" in capsys.readouterr().err
+    monkeypatch.setattr(convert, "reload", lambda folder: another())
+    command = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
+    assert_refused(capsys, command, "the outputs of the reloaded model differ by")
     assert names(tmp_path) == []
 
 
@@ -325,6 +289,6 @@ def test_failed_conversion_leaves_nothing(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(convert, point, fail)
-    assert main(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "timm-dgconv convert: no space left on device\n"
+    command = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
+    assert_refused(capsys, command, "timm-dgconv convert: no space left on device\n")
     assert names(tmp_path) == []

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pytest
 import safetensors.torch
 import torch
-from conftest import trained
+from conftest import assert_refused, outputs, trained
 from hub_server import HubServer, finish, run_python, start_python
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
 from timm_dgconv.cli import main
@@ -23,6 +23,7 @@ from timm_dgconv.hub.convert import reload
 from timm_dgconv.hub.model import BASELINE
 
 TINY = "test_g_resnext.mine"
+DRY_RUN = ["--repo", "owner/name", "--dry-run"]
 FILES = ["README.md", "config.json", "groups.png", "model.safetensors"]
 COMMANDS = """
 import contextlib, io, json, sys
@@ -44,12 +45,6 @@ class Hub(NamedTuple):
     results: dict[str, tuple[int, str, str]]
     folder: Path
     """Where the commands wrote to."""
-
-
-def outputs(model: nn.Module) -> Tensor:
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return model.eval()(images)
 
 
 def assert_one_line(result: tuple[int, str, str], *said: str) -> None:
@@ -127,7 +122,8 @@ def test_checkpoint_is_converted_and_uploaded(hub: Hub) -> None:
         line = f"{len(files[name]):,} bytes  sha256 {hashlib.sha256(files[name]).hexdigest()}\n"
         assert re.search(rf"{re.escape(name)} +{re.escape(line)}", printed)
         assert line in hub.results["dry run"][1], "every conversion writes the same files"
-    assert hub.server.count("GET", "/cdn/owner/tiny/*") == 1, "publish downloads the weights again"
+    downloads = hub.server.count("GET", "/owner/tiny/resolve/*/model.safetensors")
+    assert downloads == 1, "publish downloads the weights again"
 
 
 def test_dry_run_sends_nothing(hub: Hub) -> None:
@@ -224,12 +220,9 @@ def test_a_damaged_folder_is_refused(
         data = change.get(path.name, path.read_bytes())
         if data is not None:
             (tmp_path / path.name).write_bytes(data)
-    status = main(["publish", str(tmp_path), "--repo", "owner/name", "--dry-run"])
-    assert_one_line((status, *capsys.readouterr()), said)
+    assert_refused(capsys, ["publish", str(tmp_path), *DRY_RUN], said)
 
 
 def test_a_wrong_model_name_is_refused(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = main(["publish", str(checkpoint), "--repo", "owner/name", "--dry-run"])
-    assert_one_line((status, *capsys.readouterr()), "is not a folder", "or --model ARCH.TAG")
-    status = main(["publish", str(folder), "--repo", "owner/name", "--dry-run", "--model", BASELINE])
-    assert_one_line((status, *capsys.readouterr()), f"is {TINY}, not {BASELINE}")
+    assert_refused(capsys, ["publish", str(checkpoint), *DRY_RUN], "is not a folder", "or --model ARCH.TAG")
+    assert_refused(capsys, ["publish", str(folder), *DRY_RUN, "--model", BASELINE], f"is {TINY}, not {BASELINE}")

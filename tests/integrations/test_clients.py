@@ -68,6 +68,12 @@ def assert_same(found: Weights, expected: Weights) -> None:
     assert_close({**found, "logits": None}, {**expected, "logits": None}, rtol=0, atol=0)
 
 
+def network(**kwargs: Any) -> Any:
+    import timm
+
+    return timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False, **kwargs)
+
+
 def images(size: int = 32, count: int = 4) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -197,17 +203,12 @@ def test_transformers_loads_what_timm_saved(tmp_path: Path) -> None:
     assert_same(alone(read_with_transformers, tmp_path / "model", {"model_args": {}}), written)
 
 
-def detect_backbone() -> None:
+def use_as_backbone(folder: Path) -> None:
     from transformers import TimmBackbone, TimmBackboneConfig
 
     model = TimmBackbone(TimmBackboneConfig(backbone="test_g_resnext", out_indices=[2, 4]))
     assert [tuple(feature.shape) for feature in model(images()).feature_maps] == [(4, 128, 4, 4), (4, 384, 1, 1)]
     gates(model)
-
-
-@pytest.mark.client("transformers")
-def test_transformers_has_the_features_of_a_backbone() -> None:
-    alone(detect_backbone)
 
 
 # Training loops.
@@ -222,12 +223,10 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 def fit_with_torch(epochs: int, weight: float, accumulate: int = 1) -> Weights:
     """The expected weights: the logarithm of the complexity is in the loss once per step."""
-    import timm
-
     from timm_dgconv import complexity
 
     torch.manual_seed(0)
-    model = timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False)
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for index, (x, labels) in enumerate(batches() * epochs, 1):
         (cross_entropy(model(x), labels) / accumulate).backward()
@@ -240,16 +239,13 @@ def fit_with_torch(epochs: int, weight: float, accumulate: int = 1) -> Weights:
 
 def fit_with_lightning(folder: Path, epochs: int, weight: float, checkpoint: Path | None) -> Weights:
     import lightning
-    import timm
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     class Module(lightning.LightningModule):
         def __init__(self, weight: float) -> None:
             super().__init__()
             self.save_hyperparameters()
-            self.model = timm.create_model(
-                "test_g_resnext", num_classes=4, zero_init_last=False, complexity_weight=weight
-            )
+            self.model = network(complexity_weight=weight)
 
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             x, labels = batch
@@ -283,9 +279,8 @@ def test_lightning_goes_on_from_a_checkpoint(weight: float, tmp_path: Path) -> N
 
 def fit_with_accelerate(folder: Path, epochs: int, weight: float, accumulate: int) -> Weights:
     import accelerate
-    import timm
 
-    model = timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False, complexity_weight=weight)
+    model = network(complexity_weight=weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -337,18 +332,12 @@ def fit_with_fastai(folder: Path) -> None:
     assert_close(gates(again.model), gates(learner.model), rtol=0, atol=0)
 
 
-@pytest.mark.client("fastai")
-def test_fastai_trains_and_exports_a_learner(tmp_path: Path) -> None:
-    alone(fit_with_fastai, tmp_path)
-
-
-def adapt(folder: Path) -> None:
+def adapt_the_1x1_convolutions(folder: Path) -> None:
     import peft
-    import timm
 
     def base() -> nn.Module:
         torch.manual_seed(0)
-        return timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False).eval()
+        return network().eval()
 
     config = peft.LoraConfig(r=4, target_modules=r".*\.conv[13]", modules_to_save=["fc", "conv2"])
     model = peft.get_peft_model(base(), config)
@@ -370,20 +359,13 @@ def adapt(folder: Path) -> None:
     assert_close(gates(merged), learning, rtol=0, atol=0)
 
 
-@pytest.mark.client("peft")
-def test_peft_adapts_and_merges_the_1x1_convolutions(tmp_path: Path) -> None:
-    alone(adapt, tmp_path)
-
-
 # Features and explanations.
 
 
-def extract() -> None:
-    import timm
+def extract_features(folder: Path) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    model = timm.create_model("test_g_resnext", zero_init_last=False).eval()
-    x = images(64)
+    model, x = network().eval(), images(64)
     nodes = {"layer2.0.conv2": "inside", "layer2": "layer2", "layer4": "layer4", "fc": "logits"}
     extractor = create_feature_extractor(model, nodes)
     found = extractor(x)
@@ -394,17 +376,11 @@ def extract() -> None:
     assert all(gate.grad is not None and gate.grad.count_nonzero() for gate in gates(model))
 
 
-@pytest.mark.client("torchvision")
-def test_torchvision_extracts_features() -> None:
-    alone(extract)
-
-
-def explain_with_grad_cam() -> None:
-    import timm
+def explain_with_grad_cam(folder: Path) -> None:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    model = timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False).eval()
+    model = network().eval()
     with GradCAM(model, [model.layer2[-1]]) as cam:
         maps = cam(images(64), [ClassifierOutputTarget(label) for label in range(4)])
     assert maps.shape == (4, 64, 64)
@@ -412,18 +388,10 @@ def explain_with_grad_cam() -> None:
     assert maps.any()
 
 
-@pytest.mark.client("grad-cam")
-def test_grad_cam_explains_a_model() -> None:
-    alone(explain_with_grad_cam)
-
-
-def explain_with_captum() -> None:
-    import timm
+def explain_with_captum(folder: Path) -> None:
     from captum.attr import IntegratedGradients, LayerGradCam
 
-    model = timm.create_model("test_g_resnext", num_classes=4, zero_init_last=False).eval().double()
-    x = images().double()
-    labels = torch.arange(4)
+    model, x, labels = network().eval().double(), images().double(), torch.arange(4)
     attributions, gap = IntegratedGradients(model).attribute(
         x, target=labels, n_steps=200, return_convergence_delta=True
     )
@@ -433,9 +401,21 @@ def explain_with_captum() -> None:
     assert LayerGradCam(model, model.layer2[0].conv2).attribute(x, target=labels).shape == (4, 1, 4, 4)
 
 
-@pytest.mark.client("captum")
-def test_captum_attributes_the_outputs() -> None:
-    alone(explain_with_captum)
+PROGRAMS: dict[Callable[[Path], None], str] = {
+    use_as_backbone: "transformers",
+    fit_with_fastai: "fastai",
+    adapt_the_1x1_convolutions: "peft",
+    extract_features: "torchvision",
+    explain_with_grad_cam: "grad-cam",
+    explain_with_captum: "captum",
+}
+
+
+@pytest.mark.parametrize(
+    "program", [pytest.param(p, marks=pytest.mark.client(name), id=p.__name__) for p, name in PROGRAMS.items()]
+)
+def test_a_library_works_with_the_models(program: Callable[[Path], None], tmp_path: Path) -> None:
+    alone(program, tmp_path)
 
 
 # Deployment of the learnable, the compact and the deployed form.

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -184,32 +184,6 @@ def test_benchmark_measures_both_passes(tmp_path: Path) -> None:
     assert scores["train_samples_per_sec"] > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_sign_of_an_averaged_gate_decides(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The average of opposite gates is 0.0, which is open."""
-    import timm
-
-    from timm_dgconv import DGConv2d
-
-    models = [timm.create_model("test_g_resnext", num_classes=4).to(dtype) for _ in range(2)]
-    for sign, model in zip((1, -1), models, strict=True):
-        with torch.no_grad():
-            model.layer1[0].conv2.gate.copy_(torch.tensor([3.0, -1.0, 1.0, -3.0]) + sign * 2)  # 2 and 8 groups
-            model.layer2[0].conv2.gate.fill_(sign * 1e-8)
-            model.layer3[0].conv2.gate.fill_(-1e-8)
-    for number, model in enumerate(models):
-        torch.save({"state_dict": model.state_dict()}, tmp_path / f"checkpoint-{number}.pth.tar")
-    averaged = tmp_path / "averaged.pth"
-    script("avg_checkpoints.py", "--input", tmp_path, "--no-sort", "--output", averaged)
-    model = timm.create_model("test_g_resnext", num_classes=4, checkpoint_path=str(averaged))
-    for name, value in model.named_parameters():
-        mean = sum(other.get_parameter(name).double() for other in models) / 2
-        torch.testing.assert_close(value.double(), mean, rtol=1e-6, atol=1e-9)
-    convs = [module for module in model.modules() if isinstance(module, DGConv2d)]
-    assert [conv.num_groups for conv in convs[:3]] == [4, 1, 16]
-    assert model.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
-
-
 def test_convert_and_inspect_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A training with one input channel and another stem. validate.py scores the converted folders as train.py did."""
     from timm_dgconv.cli import main
@@ -219,22 +193,16 @@ def test_convert_and_inspect_a_run(images: Path, tmp_path: Path, capsys: pytest.
     kwargs = ["--warmup-epochs", "0", "--model-kwargs", *network, "complexity_weight=1.0"]
     run = train(images, tmp_path / "run", "--model", "test_g_resnext", *DATA, *CPU, *options, *kwargs)
     checkpoints = [str(run.folder / f"checkpoint-{epoch}.pth.tar") for epoch in range(3)]
-    plot = tmp_path / "groups.png"
-    assert main(["inspect", *checkpoints, "--model", "test_g_resnext", "--json", "--plot", str(plot)]) == 0
+    assert main(["inspect", *checkpoints, "--model", "test_g_resnext", "--json"]) == 0
     reports = json.loads(capsys.readouterr().out)
     assert [report["epoch"] for report in reports] == [0, 1, 2]
     weights = torch.load(checkpoints[2], weights_only=False)["state_dict"]
     closed = [int(gate.lt(0).sum()) for name, gate in weights.items() if name.endswith("gate")]
     assert [layer["groups"] for layer in reports[2]["layers"]] == [2**number for number in closed]
-    assert plot.read_bytes().startswith(b"\x89PNG")
 
     for form in ([], ["--compact"]):
         out = tmp_path / f"out{len(form)}"
         assert main(["convert", checkpoints[2], "--model", "test_g_resnext.mine", "--out", str(out), *form]) == 0
-        config = json.loads((out / "config.json").read_text())
-        assert config["model_args"]["in_chans"] == config["pretrained_cfg"]["input_size"][0] == 1
-        assert config["model_args"]["stem_width"] == 8
-        assert "complexity_weight" not in config["model_args"]
         if SCRIPTS_TIMM >= (1, 0, 26):  # older versions cannot load a folder
             model = ["--model", f"local-dir:{out}", "--pretrained", "--in-chans", "1", *DATA, *CPU]
             log = script("validate.py", "--data-dir", images, *model, "--batch-size", "32").stderr
@@ -243,7 +211,7 @@ def test_convert_and_inspect_a_run(images: Path, tmp_path: Path, capsys: pytest.
             assert loss == pytest.approx(run.epochs[2].loss, abs=ROUNDING)
 
 
-def load(file: Path) -> torch.nn.Module:
+def load(file: Path) -> Any:
     """Load a file into a model, with all its weights."""
     import timm
 
@@ -290,9 +258,8 @@ def test_all_options_load_the_file_of_the_original_release(
     for option in (["--initial-checkpoint"], ["--pretrained", "--pretrained-path"]):
         run = train(images, tmp_path / option[-1].strip("-"), *model, *still, *option, file)
         state_dict = torch.load(run.folder / "last.pth.tar", weights_only=False)["state_dict"]
-        names = {"conv1.weight": "conv1.weight", "layer4.2.conv2.weight": "layer4.2.conv2.conv.weight"}
-        for ours, theirs in {**names, "layer3.0.conv2.unsorted_gate": "layer3.0.conv2.gate"}.items():
-            assert torch.equal(state_dict[ours], weights[f"module.{theirs}"])
+        for ours, theirs in (("weight", "conv.weight"), ("unsorted_gate", "gate")):
+            assert torch.equal(state_dict[f"layer3.0.conv2.{ours}"], weights[f"module.layer3.0.conv2.{theirs}"])
         shutil.rmtree(run.folder)  # 0.5 GB
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed.fsdp
-from conftest import gates, run_ranks
+from conftest import FORMS, forms, gates, layers, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,10 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from timm_dgconv import DGConv2d, freeze_groups, groupable
 from timm_dgconv.layers import gate_reader
 from timm_dgconv.ops import autograd
-
-FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]
-
-forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,10 +42,6 @@ def near_zero(model: nn.Module) -> nn.Module:
 def network(**kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     return near_zero(timm.create_model("test_g_resnext", num_classes=3, zero_init_last=False, **kwargs))
-
-
-def layers(model: nn.Module) -> list[DGConv2d]:
-    return [module for module in model.modules() if isinstance(module, DGConv2d)]
 
 
 def reference(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -240,6 +232,11 @@ def check_pass(model: Any, x: Tensor, part: str, mode: str, change: str) -> None
         check(PARTS[part](model), x, lambda: torch.inference_mode(False)(CHANGES[change])(model))
 
 
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_each_pass_has_the_gates_that_it_began_with(examples: int) -> None:
+    settings(max_examples=examples)(given(st.integers(0, 100), events)(check_sequence))()
+
+
 def check_sequence(seed: int, sequence: list[Any]) -> None:
     model, x = nets(seed)
     with ThreadPoolExecutor(1) as other_thread:
@@ -254,20 +251,6 @@ def check_sequence(seed: int, sequence: list[Any]) -> None:
                 other_thread.submit(check_pass, model, x, *event[:-1]).result()
             else:
                 check_pass(model, x, *event[:-1])
-
-
-@settings(max_examples=25)
-@given(st.integers(0, 100), events)
-def test_each_pass_has_the_gates_that_it_began_with(seed: int, sequence: list[Any]) -> None:
-    check_sequence(seed, sequence)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=1000)
-@given(st.integers(0, 100), events)
-def test_each_pass_has_the_gates_that_it_began_with_more(seed: int, sequence: list[Any]) -> None:
-    check_sequence(seed, sequence)
 
 
 # Networks, and what changes gates elsewhere
@@ -310,14 +293,13 @@ def test_gates_made_in_inference_mode_are_read_in_each_pass() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch 2.5 has another fully_shard")
-def test_collectives_change_gates(tmp_path: Path) -> None:
+def test_an_all_gather_changes_gates(tmp_path: Path) -> None:
     run_ranks(
         tmp_path,
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        from timm_dgconv import DGConv2d, groupable
+        from timm_dgconv import groupable
         from timm_dgconv.layers import gate_reader
 
         gate_reader.READ_DIRECTLY.clear()
@@ -333,28 +315,21 @@ def test_collectives_change_gates(tmp_path: Path) -> None:
                 return x
 
         torch.manual_seed(0)
-        alone, shared, sharded = (groupable(Reversed()).double() for _ in range(3))
+        alone, sharded = (groupable(Reversed()).double() for _ in range(2))
         with torch.no_grad():
             for layer in alone.layers:
                 layer.gate.copy_(torch.tensor([0.01, -0.01, 0.01]))
-        for model in (shared, sharded):
-            model.load_state_dict(alone.state_dict())
+        sharded.load_state_dict(alone.state_dict())
         for layer in alone.layers:
             layer.forward = layer.masked_dense
-
-        for layer in shared.layers:
-            layer.gate.data.mul_(2 * rank - 1)
-            dist.broadcast(layer.gate.data, 1)
-            dist.all_reduce(layer.gate.data.mul_(0.5))
         torch.Tensor.data_ptr = lambda self: 0  # on a GPU an all-gather writes to the same address again
         fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
         optimizers = [torch.optim.Adam(model.parameters(), 0.02) for model in (alone, sharded)]
-        optimizers.append(ZeroRedundancyOptimizer(shared.parameters(), torch.optim.Adam, lr=0.02))
         for step in range(5):
             x = torch.randn(2, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-            expected, *found = (model(x) for model in (alone, sharded, shared))
-            for y, optimizer in zip((expected, *found), optimizers):
-                torch.testing.assert_close(y, expected)
+            outputs = [model(x) for model in (alone, sharded)]
+            torch.testing.assert_close(*outputs)
+            for y, optimizer in zip(outputs, optimizers):
                 optimizer.zero_grad()
                 y.square().mean().backward()
                 optimizer.step()
@@ -453,18 +428,6 @@ def test_a_recomputation_has_one_transfer_per_layer(transfers: list[str]) -> Non
     assert transfers == ["pass"] + ["layer"] * len(layers(model))
 
 
-@pytest.mark.parametrize("kwargs", [{"complexity_weight": 0.1}, {"complexity_target": 0.1}], ids=str)
-def test_steering_reads_the_gates_once_per_step_at_most(kwargs: dict[str, Any], transfers: list[str]) -> None:
-    model, x = network(**kwargs), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
-    for step in range(3):
-        transfers.clear()
-        model(x).square().sum().backward()
-        optimizer.step()
-        assert transfers.count("pass") <= 2 or step == 0
-        assert "layer" not in transfers
-
-
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch compiles the masked dense form")
 @pytest.mark.parametrize("training", [False, True])
 def test_a_compiled_call_has_one_transfer(training: bool, transfers: list[str]) -> None:
@@ -496,7 +459,7 @@ def test_a_network_is_compiled_once(make: Callable[[], nn.Module]) -> None:
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     for _ in range(3):
-        compiled(torch.randn(2, channels, 32, 32, dtype=torch.float64))
+        compiled(torch.randn(2, channels, 32, 32, dtype=torch.float64)).sum().backward()
         flip(model)
     assert len(graphs) == 1
 

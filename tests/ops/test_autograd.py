@@ -6,12 +6,11 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, conv_with, run_ranks
+from conftest import DEVICES, FORMS, conv_with, forms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,10 +23,7 @@ from timm_dgconv import DGConv2d, compact
 from timm_dgconv.ops import autograd, grouped
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
-FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]
 HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
-
-forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
 def gradients(conv: DGConv2d, y: Tensor, x: Tensor) -> list[Tensor]:
@@ -96,6 +92,12 @@ def attempt(function: Callable[[], Any]) -> Any:
         return type(error)
 
 
+@even_kernels
+@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_random_layers(examples: int) -> None:
+    settings(max_examples=examples)(given(data=st.data())(check_layer))()
+
+
 def check_layer(data: st.DataObject) -> None:
     draw = data.draw
     conv = draw(layers())
@@ -131,21 +133,6 @@ def check_layer(data: st.DataObject) -> None:
         assert grad.isfinite().all()
         finite = tensor.isfinite()  # no step moves an infinite gate
         assert_close(grad[finite], same[finite], rtol=1e-9, atol=1e-9)
-
-
-@even_kernels
-@given(data=st.data())
-def test_random_layers(data: st.DataObject) -> None:
-    check_layer(data)
-
-
-@even_kernels
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=2000)
-@given(data=st.data())
-def test_more_random_layers(data: st.DataObject) -> None:
-    check_layer(data)
 
 
 @even_kernels
@@ -334,7 +321,7 @@ def test_counted_operations_are_those_of_the_group_convolution(closed: str, form
         assert counter.get_total_flops() == one.get_total_flops()
 
 
-# torch.compile, the rules of operators, several processes
+# torch.compile, and the rules of operators
 
 
 @forms
@@ -426,29 +413,3 @@ def test_the_operators_keep_the_rules_of_torch(memory_format: torch.memory_forma
     tensors = [tensor.detach() for tensor in (torch.randn(2, 16, 5, 5), x, conv.weight, conv.gate)]
     torch.library.opcheck(torch.ops.timm_dgconv.dgconv2d_backward.default, (*tensors, *options, [True, True, True]))
     torch.library.opcheck(torch.ops.timm_dgconv.read_gates.default, ([tensors[3], tensors[3]],))
-
-
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    run_ranks(
-        tmp_path,
-        """
-        from torch.nn.parallel import DistributedDataParallel
-        from timm_dgconv import DGConv2d
-
-        torch.manual_seed(rank)  # gates that the broadcast must replace
-        conv = DGConv2d(16, 16, 3, dtype=torch.float64)
-        model = DistributedDataParallel(conv)
-        x = torch.sin(torch.arange(4 * 16 * 25, dtype=torch.float64)).view(4, 16, 5, 5)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for _ in range(10):
-            optimizer.zero_grad()
-            model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-            grads = [p.grad.clone() for p in conv.parameters()]
-            whole = torch.autograd.grad(conv(x).square().mean(), list(conv.parameters()))
-            for grad, expected in zip(grads, whole):
-                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
-            optimizer.step()
-        torch.save(conv.gate.detach(), f"{folder}/gate{rank}.pt")
-        """,
-    )
-    assert torch.equal(*(torch.load(tmp_path / f"gate{rank}.pt") for rank in range(2)))

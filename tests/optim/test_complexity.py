@@ -3,9 +3,8 @@
 import math
 
 import pytest
-import timm
 import torch
-from conftest import gates, trained
+from conftest import gates, sorted_or_not, trained
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
@@ -18,7 +17,7 @@ def loss_of(model: nn.Module) -> torch.Tensor:
     return nn.functional.cross_entropy(model.eval()(x), torch.arange(8) % 3)
 
 
-@pytest.mark.parametrize("form", [{}, {"sort": False}], ids=str)
+@sorted_or_not
 def test_complexity_in_a_loss_closes_gates(form: dict[str, bool]) -> None:
     model = trained(num_classes=3, **form)
     optimizer = torch.optim.SGD(gates(model), 0.1)
@@ -47,12 +46,6 @@ def test_frozen_gates_stay_and_learn_again(opt: str) -> None:
     optimizer.zero_grad()
     step()
     assert not any(torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
-
-
-def test_a_model_is_built_with_frozen_gates() -> None:
-    model = timm.create_model("test_g_resnext", freeze_groups=True)
-    assert not any(gate.requires_grad for gate in gates(model))
-    assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("gate"))
 
 
 @pytest.mark.parametrize("function", [complexity, freeze_groups])
