@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,8 +44,7 @@ class LayerReport:
         resolution: Height and width of the output, or None if the model does not run this layer.
         groups: Number of groups.
         bits: One character per bit of the channel index, the most significant bit first: 1 if the bit is open, 0 if it
-            is closed. An open bit connects the channels that differ in it. With `sort=True` all 0 come first, since the
-            closed gates act on the most significant bits. None for a plain group convolution.
+            is closed. An open bit connects the channels that differ in it. None for a plain group convolution.
         learned: Cost with these groups, without the gates.
         dense: Cost with one group.
         resnext: Cost in the ResNeXt with the same widths, or None outside of a G-ResNeXt.
@@ -197,11 +197,10 @@ class GroupHistory:
     @property
     def labels(self) -> tuple[str, ...]:
         """One label per checkpoint: its epoch, otherwise the name of its file, or its source if names are ambiguous."""
-        files = [Path(source).name for source in self.sources]
-        names = files if len(set(files)) == len(files) else self.sources
-        word = "epoch " if self.axis == "checkpoint" else ""
-        pairs = zip(self.epochs, names, strict=True)
-        return tuple(name if epoch is None else f"{word}{epoch}" for epoch, name in pairs)
+        if self.axis == "epoch":
+            return tuple(map(str, self.epochs))
+        names = tuple(Path(source).name for source in self.sources)
+        return names if len(set(names)) == len(names) else self.sources
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return `GroupReport.as_dict` of each checkpoint, with its source and epoch."""
@@ -246,7 +245,7 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         >>> report.layers[0].dense
         Cost(params=36928, macs=1806336)
     """
-    model = _unwrap(model)
+    model = unwrap_model(model)
     convs = group_layers(model)
     if not convs:
         raise ValueError(
@@ -283,15 +282,6 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         sum((layer.dense for layer in layers), rest),
         sum(resnexts, rest) if len(resnexts) == len(layers) else None,
     )
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the model in the wrappers of parallel training, torch.compile and weight averaging."""
-    while True:
-        children = dict(model.named_children())
-        if len(children) != 1 or not children.keys() <= set(_compat.WRAPPED):
-            return model
-        (model,) = children.values()
 
 
 def _cardinalities(model: nn.Module) -> dict[str, int]:
@@ -337,15 +327,11 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, dict[str, 
     Raises:
         ValueError: If the model does not run on such an image.
     """
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
-
-    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        outputs[name].append(output)
-
     net = _without_data(model)
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(partial(keep, name))
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    names = {module: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    for module in names:
+        module.register_forward_hook(lambda module, inputs, output: outputs[names[module]].append(output))
     dtype = next(net.parameters()).dtype
     counter = FlopCounterMode(display=False)
     try:
@@ -367,14 +353,11 @@ def _without_data(model: nn.Module) -> nn.Module:
         meta = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
     result = copy.deepcopy(model, memo).eval()
-    for copied, module in zip(result.modules(), model.modules(), strict=True):
-        for name in _compat.HOOKS:
-            hooks: dict[int, Callable[..., Any]] = getattr(copied, name)
-            # deepcopy does not copy functions, so they would see this run. It copies bound methods, which timm's
-            # FeatureHookNet needs.
-            for key, hook in getattr(module, name).items():
-                if hooks[key] is hook:
-                    del hooks[key]
+    for module in result.modules():
+        for hooks in (getattr(module, name) for name in _compat.HOOKS):
+            # A function would see this run. timm's FeatureHookNet needs its bound methods, which deepcopy copies.
+            for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
+                del hooks[key]
     return result
 
 

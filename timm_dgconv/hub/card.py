@@ -77,7 +77,7 @@ def model_card(
     }
     if name == BASELINE or tag == "dgconv_in1k":
         content["comparison"] = _COMPARISON
-    return _compat.generate_readme(content, name)
+    return _compat.timm_hub().generate_readme(content, name)
 
 
 def _description(name: str, groups: list[int]) -> str:

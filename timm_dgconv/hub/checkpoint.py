@@ -103,7 +103,7 @@ def read_training_info(source: str, path: Path) -> TrainingInfo:
     """
     if not Path(source).is_file() and (path.parent / CONFIG).is_file():
         try:
-            data_args, _, model_kwargs = _compat.load_model_config_from_path(path.parent)
+            data_args, _, model_kwargs = _compat.timm_hub().load_model_config_from_path(path.parent)
             return TrainingInfo(None, dict(model_kwargs), dict(data_args))
         except Exception as error:  # any exception of timm for a file that users edit
             raise ValueError(
