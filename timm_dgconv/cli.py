@@ -67,12 +67,10 @@ def _inspect(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     from timm.utils import ParseKwargs
 
-    class ModelKwargs(ParseKwargs):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-            for value in values:
-                if "=" not in value:
-                    parser.error(f"argument {option_string}: {value!r} is not a KEY=VALUE")
-            super().__call__(parser, namespace, values, option_string)
+    def key_value(text: str) -> str:
+        if "=" not in text:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a KEY=VALUE")
+        return text
 
     parser = argparse.ArgumentParser(
         prog="timm-dgconv",
@@ -83,9 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     weights = argparse.ArgumentParser(add_help=False)  # options of several commands
     weights.add_argument("--no-ema", dest="ema", action="store_false", help="ignore averaged weights in a checkpoint")
     kwargs_help = "arguments of the model that change the network, as for timm's scripts (default: as timm stored them)"
-    weights.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ModelKwargs, metavar="KEY=VALUE", help=kwargs_help
-    )
+    key_values: Any = dict(nargs="*", default={}, type=key_value, action=ParseKwargs, metavar="KEY=VALUE")
+    weights.add_argument("--model-kwargs", **key_values, help=kwargs_help)
 
     demo = commands.add_parser(
         "demo",
@@ -103,12 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of split, weights and order (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
     add("--overwrite", action="store_true", help="replace the output of an earlier demo")
-    add(
-        "--complexity-target",
-        type=lambda text: text if text == "resnext" else float(text),
-        metavar="T",
-        help="largest share of a dense network's connections, or resnext for the share that a ResNeXt has",
-    )
+    target_help = "largest share of a dense network's connections, or resnext for the share that a ResNeXt has"
+    target: Any = dict(type=lambda text: text if text == "resnext" else float(text), metavar="T")
+    add("--complexity-target", **target, help=target_help)
 
     convert = commands.add_parser(
         "convert",
@@ -119,19 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
     add = convert.add_argument
-    add(
-        "source",
-        metavar="SRC",
-        help="checkpoint of the original release, of timm's train.py or of a ResNeXt, a folder that timm loads, or the "
-        "Hub id of a timm model, OWNER/NAME[@REVISION]",
+    source_help = (
+        "checkpoint of the original release, of timm's train.py or of a ResNeXt, a folder that timm loads, or the Hub "
+        "id of a timm model, OWNER/NAME[@REVISION]"
     )
-    add(
-        "--model",
-        required=True,
-        metavar="ARCH.TAG",
-        help="name of the result: g_resnext50.dgconv_in1k for the G-ResNeXt-50 of the original release, "
-        "resnext50_32x4d.dgconv_in1k for its baseline, g_resnext50.TAG or g_resnext101.TAG for your own training",
+    model_help = (
+        "name of the result: g_resnext50.dgconv_in1k for the G-ResNeXt-50 of the original release, "
+        "resnext50_32x4d.dgconv_in1k for its baseline, g_resnext50.TAG or g_resnext101.TAG for your own training"
     )
+    add("source", metavar="SRC", help=source_help)
+    add("--model", required=True, metavar="ARCH.TAG", help=model_help)
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     add("--compact", action="store_true", help="write plain group convolutions, which are smaller and faster")
 
