@@ -76,12 +76,8 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
 def from_conv(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the dense weight and the gates with which a DGConv2d computes the same as a convolution.
 
-    The gates are `PRETRAINED_GATE` away from zero. The connections between groups keep the values of the layer, since
-    zeros would give a closed gate no gradient.
-
-    Args:
-        layer: The DGConv2d.
-        weight: Weight of the convolution, of shape (C_out, C_in / groups, kernel height, kernel width).
+    The weight of the convolution has shape (C_out, C_in / groups, kernel height, kernel width). The connections between
+    groups keep the values of the layer, since zeros would give a closed gate no gradient.
 
     Raises:
         ValueError: If the shape does not fit, or if the layer cannot have as many groups.
