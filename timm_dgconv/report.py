@@ -1,11 +1,9 @@
 """Reports of the learned groups: per layer the groups and their cost, for one model or for the checkpoints of a run."""
 
 import copy
-import dataclasses
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -134,11 +132,9 @@ class GroupReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers, for JSON."""
-        result = dataclasses.asdict(self)
-        for entry, layer in zip(result["layers"], self.layers, strict=True):
-            entry["channels_per_group"] = layer.channels_per_group
+        layers = [{**asdict(layer), "channels_per_group": layer.channels_per_group} for layer in self.layers]
         totals = ("complexity", "density", "resnext_density")
-        return result | {name: getattr(self, name) for name in totals}
+        return {**asdict(self), "layers": layers, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
         """Return a table with one row per layer, and a second table for the whole network."""
@@ -301,13 +297,13 @@ def _setting(model: nn.Module, key: str) -> Any:
 
 
 def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
+    default = _setting(model, "input_size")
+    if given is None and default is None:
+        raise ValueError(
+            f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
+            "input_size=(channels, height, width))"
+        )
     if given is None:
-        default = _setting(model, "input_size")
-        if default is None:
-            raise ValueError(
-                f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
-                "input_size=(channels, height, width))"
-            )
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         given = (first.in_channels, *default[1:])  # in_chans of timm.create_model does not change the cfg
     if not isinstance(given, Sequence) or not all(type(number) is int for number in given):
@@ -348,10 +344,8 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, dict[str, 
 
 def _without_data(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device in evaluation mode, without the user's hooks."""
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     result = copy.deepcopy(model, memo).eval()
     for module in result.modules():
         for hooks in (getattr(module, name) for name in _compat.HOOKS):

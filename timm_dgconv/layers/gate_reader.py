@@ -4,10 +4,9 @@ A group convolution can be built only if the host knows which gates are closed. 
 which costs microseconds. Reading gates on another device waits for it. So the outermost module that owns DGConv2d
 layers reads all their gates at the start of its forward call, in one transfer.
 
-A reading belongs to one forward call of the owner and ends with it. Outside of such a call each layer reads its own
-gates: in a recomputation of activation checkpointing, in a layer or a part of a model that is called alone, and in a
-method of the owner other than its call. The version of a parameter does not tell whether its values have changed: fused
-optimizers, `.data` edits, collectives and replayed CUDA graphs leave it as it is.
+A reading ends with the forward call of its owner. Outside of such a call each layer reads its own gates, for example in
+a recomputation of activation checkpointing. The version of a parameter does not tell whether its values have changed:
+fused optimizers, `.data` edits, collectives and replayed CUDA graphs leave it as it is.
 """
 
 import sys
