@@ -5,10 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from timm_dgconv.hub.convert import File
+from typing import Any
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -45,7 +42,7 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"\nload it with timm.create_model('hf-hub:{hub_id}', pretrained=True)")
 
 
-def _print_files(files: Sequence["File"]) -> None:
+def _print_files(files: Sequence[Any]) -> None:
     for file in files:
         print(f"  {file.name:<18} {file.size:>13,} bytes  sha256 {file.sha256}")
 
@@ -88,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train on scikit-learn's digits, nothing downloaded",
         description="Train a G-ResNeXt on scikit-learn's digits (extra 'demo'). Print the held-out accuracy and "
-        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs. With the "
-        "defaults this takes less than five minutes on two CPU cores.",
+        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs.",
     )
     demo.set_defaults(run=_demo)
     add = demo.add_argument
@@ -134,8 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.set_defaults(run=_publish)
     add = publish.add_argument
-    source_help = "folder that convert wrote, or a source that convert takes (requires --model)"
-    add("source", metavar="SRC|DIR", help=source_help)
+    add("source", metavar="SRC|DIR", help="folder that convert wrote, or a source of convert (requires --model)")
     add("--repo", required=True, metavar="OWNER/NAME", help="repository; created if it does not exist")
     add("--model", metavar="ARCH.TAG", help="see convert")
     add("--private", action="store_true", help="create a private repository")
@@ -147,8 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[weights],
         help="print the groups that a checkpoint has learned, or the groups over the checkpoints of a run",
         description="Print the groups of each layer and their cost, and compare with dense layers and with a ResNeXt. "
-        "For several checkpoints, print the groups of each layer and the density over the checkpoints. No code in a "
-        "checkpoint is executed.",
+        "For several checkpoints, print the groups of each layer and the density over the checkpoints.",
     )
     inspect.set_defaults(run=_inspect)
     add = inspect.add_argument

@@ -22,10 +22,9 @@ class DGConv2d(nn.Conv2d):
     m closed gates the layer computes a group convolution with 2^m groups. The forward pass binarises the gates, and the
     straight-through estimator trains them.
 
-    Each group is a range of channels, and each gate receives the slope of what its flip would do: the closed gate
-    nearest to zero the slope of twice as wide groups, the open gate nearest to zero the slope of groups of half the
-    width, the others none, since they cannot flip next. The paper has two other forms, see `sort` and `nested`.
-    `timm_dgconv/ops/README.md` derives all three.
+    Each group is a range of channels, and the gates that can flip next, those nearest to zero, receive the slope of
+    what their flip would do. The paper has two other forms, see `sort` and `nested`. `timm_dgconv/ops/README.md`
+    derives all three.
 
     An average of models (EMA, SWA) averages the values of the gates, and the sign of the average decides. float16
     rounds the initial gates to +-0.0, and an average does not preserve the sign of zeros.

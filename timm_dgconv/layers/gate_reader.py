@@ -81,16 +81,12 @@ def read_per_layer(owner: nn.Module) -> None:
 
 
 def _before_forward(self: Any, input: tuple[Tensor]) -> None:
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        pass
-    else:
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _begin(self, depth=2)
 
 
 def _after_forward(self: Any, input: tuple[Tensor], output: Tensor) -> None:
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        pass
-    else:
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _end(self, depth=2)
 
 

@@ -103,10 +103,8 @@ default_cfgs = generate_default_cfgs(
 def _create_g_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GResNet:
     if pretrained:
         check_pretrained(variant, kwargs, _HOW_TO_GET_WEIGHTS.get(variant))
-    feature_cfg = dict(feature_cls=GroupFeatureListNet)
-    return build_model_with_cfg(
-        GResNet, variant, pretrained, pretrained_filter_fn=add_gates, feature_cfg=feature_cfg, **kwargs
-    )
+    options = dict(pretrained_filter_fn=add_gates, feature_cfg=dict(feature_cls=GroupFeatureListNet))
+    return build_model_with_cfg(GResNet, variant, pretrained, **options, **kwargs)
 
 
 _HOW_TO_GET_WEIGHTS = {
