@@ -28,8 +28,7 @@ _PER_CHANNEL = (
 def compact(model: nn.Module) -> nn.Module:
     """Return a copy of a network that computes the same with torch.nn.Conv2d layers instead of DGConv2d layers.
 
-    The copy keeps only the connected weights: at 32 groups 25 M of the 69 M parameters of g_resnext50. It trains with
-    its groups fixed.
+    The copy keeps only the connected weights, and trains with its groups fixed.
 
     Layers with ``sort=False`` need another order of channels for this. In timm's bottlenecks the order moves into the
     1x1 convolutions around the layer. Elsewhere the copy has the smallest contiguous groups that hold the learned ones,
@@ -78,11 +77,9 @@ def to_group_convs(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Bottleneck):
             _sort_channels(module, {key for key, count in owners.items() if count > 1})
-    weights: dict[tuple[int, int], Any] = {}
-    kept = []  # an id is valid as long as its tensor lives
+    weights: dict[tuple[torch.Tensor, torch.Tensor], Any] = {}
     for name, layer in [entry for entry in model.named_modules() if isinstance(entry[1], DGConv2d)]:
-        kept.append((layer.weight, layer.gate))
-        key = id(layer.weight), id(layer.gate)
+        key = layer.weight, layer.gate
         try:
             conv = layer.to_group_conv_()
         except ValueError as error:
