@@ -158,10 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name. The default is sys.argv[1:].
+    """Run the command line with these arguments, by default those of the process.
 
     Returns:
         Exit status: 0, or 2 after an error of the user, with one line on stderr.

@@ -362,9 +362,8 @@ def _network(report: GroupReport) -> tuple[Any, ...]:
 
 
 def _channels(layer: LayerReport) -> str:
-    if layer.in_channels == layer.out_channels:
-        return str(layer.in_channels)
-    return f"{layer.in_channels} -> {layer.out_channels}"
+    inputs, outputs = layer.in_channels, layer.out_channels
+    return f"{inputs}" if inputs == outputs else f"{inputs} -> {outputs}"
 
 
 def _cells(*costs: Cost | None) -> tuple[list[str], list[str]]:

@@ -7,8 +7,7 @@
 | the original release | `conv.weight` of shape (C_out, C_in, k, k), constants `D` and `I` | `gate`, unsorted |
 | a convolution | `weight` of shape (C_out, C_in / groups, k, k) | none |
 
-The name of the gates says how they are read. So a loader that goes by names finds the gates of its model or misses
-them, and never reads them in another way.
+The name of the gates says how they are read. So a loader that goes by names never reads them in another way.
 """
 
 import math
@@ -23,8 +22,7 @@ from timm_dgconv.ops.grouped import diagonal_blocks
 PRETRAINED_GATE = 0.01
 """Distance from zero of the gates of a loaded group convolution.
 
-It is the smallest tested distance at which fine-tuning flips no gate in the first epoch and some gates later. At
-the initial distance of 1e-8 the first step flips half of the gates (benchmarks/results/gate_margin.md).
+At this distance fine-tuning flips no gate in the first epoch, and some later (benchmarks/results/gate_margin.md).
 """
 
 INITIAL_GATE = 1e-8

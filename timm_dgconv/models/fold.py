@@ -1,7 +1,4 @@
-"""The deployed form of a network: batch norms folded into the convolutions before them, through timm's `fuse` protocol.
-
-`timm.utils.reparameterize_model` calls `fuse` on modules.
-"""
+"""The deployed form of a network: `timm.utils.reparameterize_model` calls `fuse`, which folds batch norms."""
 
 import copy
 from itertools import pairwise
