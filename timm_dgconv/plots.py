@@ -98,8 +98,6 @@ def _model(report: GroupReport, names: Sequence[str]) -> Any:
 
 def _depth(axis: Any, report: GroupReport) -> None:
     """Draw the number of groups of every layer in order."""
-    from matplotlib import ticker
-
     layers = report.layers
     places = range(len(layers))
     edges = [place - 0.5 for place in range(len(layers) + 1)]
@@ -110,9 +108,8 @@ def _depth(axis: Any, report: GroupReport) -> None:
         axis.stairs(fixed, edges, linestyle="--", baseline=None, label="ResNeXt", **_LINE)
     axis.plot(places, [layer.groups for layer in layers], marker="o", markersize=3.5, label="learned", **_LINE)
     axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_locator(ticker.FixedLocator([2**n for n in range(widest.bit_length())]))
+    axis.set_yticks([2**n for n in range(widest.bit_length())])
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_locator(ticker.NullLocator())
     axis.set(xlim=(edges[0], edges[-1]), ylim=(0.8, 1.4 * widest), ylabel="groups")
 
     starts = [n for n, layer in enumerate(layers) if n == 0 or layer.stage != layers[n - 1].stage]
@@ -124,11 +121,10 @@ def _depth(axis: Any, report: GroupReport) -> None:
                 axis.axvline(start - 0.5, color="0.8", linewidth=0.6, zorder=0)
             over = dict(xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points")
             axis.annotate(layers[start].stage, ((start + end) / 2 - 0.5, 1), ha="center", **over)
-        names = [layer.name.split(".")[-2] for layer in layers]
-        axis.set_xlabel("block")
+        names, label = [layer.name.split(".")[-2] for layer in layers], "block"
     else:
-        names = [layer.name for layer in layers]
-        axis.set_xlabel("layer")
+        names, label = [layer.name for layer in layers], "layer"
+    axis.set_xlabel(label)
     axis.set_xticks(places, names)
     axis.tick_params(axis="x", rotation=90 if max(map(len, names)) + 0.5 > room else 0)
     handles, labels = axis.get_legend_handles_labels()
@@ -137,7 +133,6 @@ def _depth(axis: Any, report: GroupReport) -> None:
 
 def _matrix(axis: Any, layer: LayerReport) -> Any:
     """Draw the connectivity of a layer. Return the image if its cells are densities of several channel pairs."""
-    from matplotlib import ticker
     from matplotlib.colors import PowerNorm
 
     matrix = layer.connectivity()
@@ -153,9 +148,8 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
         aspect="auto",
     )
     axis.set_box_aspect(1)
-    for side, channels in ((axis.xaxis, layer.in_channels), (axis.yaxis, layer.out_channels)):
-        side.set_major_locator(ticker.FixedLocator([0, channels // 2, channels]))
-    axis.set_xlabel("input channel")
+    inputs, outputs = layer.in_channels, layer.out_channels
+    axis.set(xticks=[0, inputs // 2, inputs], yticks=[0, outputs // 2, outputs], xlabel="input channel")
     title = f"{layer.name}\n{layer.groups} group{'s' * (layer.groups > 1)} of {layer.channels_per_group}"
     is_averaged = max(out_cell, in_cell) > 1
     axis.set_title(f"{title}\ncells of {out_cell} x {in_cell}" if is_averaged else title)
