@@ -6,15 +6,13 @@ into a failed ``import torch``. So this module imports the standard library only
 repository.
 """
 
-import importlib.abc
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.machinery import ModuleSpec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 _WAITS_FOR = "timm.models"
 
@@ -39,45 +37,20 @@ def _register() -> None:
         )
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Find ``timm.models`` with the other finders, and register the models after its import."""
-
-    def __init__(self) -> None:
-        self.searching = False
+class _Finder(MetaPathFinder):
+    """Find ``timm.models`` as Python does, and register the models after its import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WAITS_FOR or self.searching:
-            return None
-        self.searching = True  # another finder may call all finders, including this one
-        try:
-            for finder in sys.meta_path:
-                find_spec = getattr(finder, "find_spec", None)  # Python ignores finders without it
-                spec = find_spec(fullname, path, target) if find_spec is not None else None
-                if spec is not None:
-                    if spec.loader is not None:
-                        spec.loader = _Loader(spec.loader)
-                    return spec
-            return None
-        finally:
-            self.searching = False
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == _WAITS_FOR else None
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
 
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                if module.__name__ == _WAITS_FOR:  # the loader of a zip archive loads other modules, too
+                    _register()
 
-class _Loader(importlib.abc.Loader):
-    """Run the module with its own loader, restore that loader on the module, and register the models."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _register()
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec

@@ -4,7 +4,6 @@ The tests exercise all of them on torch 2.5.0 and 2.14.1 and on timm 1.0.21 and 
 supported versions. timm's names are imported inside functions, since importing timm imports this package.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,6 @@ from torch.optim import Optimizer
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """The attributes of a module that hold its hooks. torch has no public way to list them."""
-
-WRAPPED = ("module", "_orig_mod")
-"""Names of the attribute that holds the model in the wrappers of parallel training, averaging and torch.compile."""
 
 MODEL_ARGS = "_model_args"
 """The attribute of a model in which timm >= 1.0.31 records its arguments, to write them to config.json."""
@@ -79,22 +75,11 @@ def hook_lookahead() -> None:
         Lookahead.step.hooked = True
 
 
-def save_config_for_hf(model: nn.Module, path: Path, model_args: dict[str, Any] | None = None) -> None:
-    """Write config.json as timm does for the Hub. timm.models.save_for_hf would write the weights, too."""
-    from timm.models._hub import save_config_for_hf
+def timm_hub() -> Any:
+    """Return the module in which timm reads and writes config.json, and writes model cards.
 
-    save_config_for_hf(model, path, model_args=model_args)
+    `timm.models.save_for_hf` would write the weights, too, and timm < 1.0.26 cannot load safetensors from a folder.
+    """
+    from timm.models import _hub
 
-
-def load_model_config_from_path(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """Read config.json as timm does. timm < 1.0.26 cannot load safetensors from a folder."""
-    from timm.models._hub import load_model_config_from_path
-
-    return load_model_config_from_path(folder)
-
-
-def generate_readme(content: dict[str, Any], name: str) -> str:
-    """Return a model card in the form of timm's model cards."""
-    from timm.models._hub import generate_readme
-
-    return generate_readme(content, name)
+    return _hub

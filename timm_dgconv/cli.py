@@ -5,10 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from timm_dgconv.hub.convert import File
+from typing import Any
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -45,7 +42,7 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"\nload it with timm.create_model('hf-hub:{hub_id}', pretrained=True)")
 
 
-def _print_files(files: Sequence["File"]) -> None:
+def _print_files(files: Sequence[Any]) -> None:
     for file in files:
         print(f"  {file.name:<18} {file.size:>13,} bytes  sha256 {file.sha256}")
 
@@ -67,12 +64,10 @@ def _inspect(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     from timm.utils import ParseKwargs
 
-    class ModelKwargs(ParseKwargs):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-            for value in values:
-                if "=" not in value:
-                    parser.error(f"argument {option_string}: {value!r} is not a KEY=VALUE")
-            super().__call__(parser, namespace, values, option_string)
+    def key_value(text: str) -> str:
+        if "=" not in text:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a KEY=VALUE")
+        return text
 
     parser = argparse.ArgumentParser(
         prog="timm-dgconv",
@@ -83,16 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     weights = argparse.ArgumentParser(add_help=False)  # options of several commands
     weights.add_argument("--no-ema", dest="ema", action="store_false", help="ignore averaged weights in a checkpoint")
     kwargs_help = "arguments of the model that change the network, as for timm's scripts (default: as timm stored them)"
-    weights.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=ModelKwargs, metavar="KEY=VALUE", help=kwargs_help
-    )
+    key_values: Any = dict(nargs="*", default={}, type=key_value, action=ParseKwargs, metavar="KEY=VALUE")
+    weights.add_argument("--model-kwargs", **key_values, help=kwargs_help)
 
     demo = commands.add_parser(
         "demo",
         help="train on scikit-learn's digits, nothing downloaded",
         description="Train a G-ResNeXt on scikit-learn's digits (extra 'demo'). Print the held-out accuracy and "
-        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs. With the "
-        "defaults this takes less than five minutes on two CPU cores.",
+        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs.",
     )
     demo.set_defaults(run=_demo)
     add = demo.add_argument
@@ -103,12 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of split, weights and order (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
     add("--overwrite", action="store_true", help="replace the output of an earlier demo")
-    add(
-        "--complexity-target",
-        type=lambda text: text if text == "resnext" else float(text),
-        metavar="T",
-        help="largest share of a dense network's connections, or resnext for the share that a ResNeXt has",
-    )
+    target_help = "largest share of a dense network's connections, or resnext for the share that a ResNeXt has"
+    target: Any = dict(type=lambda text: text if text == "resnext" else float(text), metavar="T")
+    add("--complexity-target", **target, help=target_help)
 
     convert = commands.add_parser(
         "convert",
@@ -119,19 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
     add = convert.add_argument
-    add(
-        "source",
-        metavar="SRC",
-        help="checkpoint of the original release, of timm's train.py or of a ResNeXt, a folder that timm loads, or the "
-        "Hub id of a timm model, OWNER/NAME[@REVISION]",
+    source_help = (
+        "checkpoint of the original release, of timm's train.py or of a ResNeXt, a folder that timm loads, or the Hub "
+        "id of a timm model, OWNER/NAME[@REVISION]"
     )
-    add(
-        "--model",
-        required=True,
-        metavar="ARCH.TAG",
-        help="name of the result: g_resnext50.dgconv_in1k for the G-ResNeXt-50 of the original release, "
-        "resnext50_32x4d.dgconv_in1k for its baseline, g_resnext50.TAG or g_resnext101.TAG for your own training",
+    model_help = (
+        "name of the result: g_resnext50.dgconv_in1k for the G-ResNeXt-50 of the original release, "
+        "resnext50_32x4d.dgconv_in1k for its baseline, g_resnext50.TAG or g_resnext101.TAG for your own training"
     )
+    add("source", metavar="SRC", help=source_help)
+    add("--model", required=True, metavar="ARCH.TAG", help=model_help)
     add("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist")
     add("--compact", action="store_true", help="write plain group convolutions, which are smaller and faster")
 
@@ -143,8 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.set_defaults(run=_publish)
     add = publish.add_argument
-    source_help = "folder that convert wrote, or a source that convert takes (requires --model)"
-    add("source", metavar="SRC|DIR", help=source_help)
+    add("source", metavar="SRC|DIR", help="folder that convert wrote, or a source of convert (requires --model)")
     add("--repo", required=True, metavar="OWNER/NAME", help="repository; created if it does not exist")
     add("--model", metavar="ARCH.TAG", help="see convert")
     add("--private", action="store_true", help="create a private repository")
@@ -156,8 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[weights],
         help="print the groups that a checkpoint has learned, or the groups over the checkpoints of a run",
         description="Print the groups of each layer and their cost, and compare with dense layers and with a ResNeXt. "
-        "For several checkpoints, print the groups of each layer and the density over the checkpoints. No code in a "
-        "checkpoint is executed.",
+        "For several checkpoints, print the groups of each layer and the density over the checkpoints.",
     )
     inspect.set_defaults(run=_inspect)
     add = inspect.add_argument
@@ -173,10 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments without the program's name. The default is sys.argv[1:].
+    """Run the command line with these arguments, by default those of the process.
 
     Returns:
         Exit status: 0, or 2 after an error of the user, with one line on stderr.

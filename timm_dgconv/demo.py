@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from timm_dgconv import __version__
 from timm_dgconv.models.base_models import ARCHITECTURES
 from timm_dgconv.models.group_net import layer_groups
-from timm_dgconv.report import group_report
+from timm_dgconv.report import GroupHistory, group_report
 
 _WEIGHTS, _SUMMARY = "model.safetensors", "summary.json"
 
@@ -141,8 +141,7 @@ def run(
     cfg = {"input_size": (3, image_size, image_size), "crop_pct": 1.0}
     options = dict(num_classes=10, pretrained_cfg_overlay=cfg, complexity_target=complexity_target)
     model = timm.create_model(model_name, **options).to(torch_device, memory_format=torch.channels_last)
-    report = group_report(model)
-    before = {layer.name: layer.groups for layer in report.layers}
+    report = first = group_report(model)
     train_loader, test_loader = load_digits(resolve_model_data_config(model), seed, torch_device)
 
     print(
@@ -158,9 +157,7 @@ def run(
             f"epoch {entry['epoch']:2d}  loss {entry['loss']:.3f}  held-out accuracy {entry['top1']:.2f} %  "
             f"connections {100 * report.density:.2f} % of dense"
         )
-    print(f"\n{'layer':<16}{'channels':>9}{'groups at start':>17}{'learned':>9}")
-    for layer in report.layers:
-        print(f"{layer.name:<16}{layer.in_channels:>9}{before[layer.name]:>17}{layer.groups:>9}")
+    print(f"\n{GroupHistory((first, report), ('at start', 'learned'), (None, None))}")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:

@@ -84,22 +84,20 @@ def _model(report: GroupReport, names: Sequence[str]) -> Any:
     above, below = panels
     _depth(above.subplots(), report)
     axes = below.subplots(rows, 4, squeeze=False).flatten()
-    averaged = [image for axis, layer in zip(axes, shown, strict=False) if (image := _matrix(axis, layer)) is not None]
+    images = [_matrix(axis, layer) for axis, layer in zip(axes, shown, strict=False)]
+    averaged = [image for image in images if image is not None]
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for axis in axes[::4]:
         axis.set_ylabel("output channel")
     if averaged:
-        bar = below.colorbar(averaged[0], ax=axes, ticks=[0, 0.1, 0.5, 1], format="{x:g}", pad=0.01, aspect=25)
-        bar.set_label("density of a cell")
-        bar.minorticks_off()
+        ticks = dict(ticks=[0, 0.1, 0.5, 1], format="{x:g}", label="density of a cell")
+        below.colorbar(averaged[0], ax=axes, pad=0.01, aspect=25, **ticks).minorticks_off()
     return figure
 
 
 def _depth(axis: Any, report: GroupReport) -> None:
     """Draw the number of groups of every layer in order."""
-    from matplotlib import ticker
-
     layers = report.layers
     places = range(len(layers))
     edges = [place - 0.5 for place in range(len(layers) + 1)]
@@ -110,9 +108,8 @@ def _depth(axis: Any, report: GroupReport) -> None:
         axis.stairs(fixed, edges, linestyle="--", baseline=None, label="ResNeXt", **_LINE)
     axis.plot(places, [layer.groups for layer in layers], marker="o", markersize=3.5, label="learned", **_LINE)
     axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_locator(ticker.FixedLocator([2**n for n in range(widest.bit_length())]))
+    axis.set_yticks([2**n for n in range(widest.bit_length())])
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_locator(ticker.NullLocator())
     axis.set(xlim=(edges[0], edges[-1]), ylim=(0.8, 1.4 * widest), ylabel="groups")
 
     starts = [n for n, layer in enumerate(layers) if n == 0 or layer.stage != layers[n - 1].stage]
@@ -124,11 +121,10 @@ def _depth(axis: Any, report: GroupReport) -> None:
                 axis.axvline(start - 0.5, color="0.8", linewidth=0.6, zorder=0)
             over = dict(xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points")
             axis.annotate(layers[start].stage, ((start + end) / 2 - 0.5, 1), ha="center", **over)
-        names = [layer.name.split(".")[-2] for layer in layers]
-        axis.set_xlabel("block")
+        names, label = [layer.name.split(".")[-2] for layer in layers], "block"
     else:
-        names = [layer.name for layer in layers]
-        axis.set_xlabel("layer")
+        names, label = [layer.name for layer in layers], "layer"
+    axis.set_xlabel(label)
     axis.set_xticks(places, names)
     axis.tick_params(axis="x", rotation=90 if max(map(len, names)) + 0.5 > room else 0)
     handles, labels = axis.get_legend_handles_labels()
@@ -136,12 +132,7 @@ def _depth(axis: Any, report: GroupReport) -> None:
 
 
 def _matrix(axis: Any, layer: LayerReport) -> Any:
-    """Draw the connectivity of a layer. A large matrix is drawn in cells, whose grey is the density of the cell.
-
-    Returns:
-        The image, or None if every cell is one channel pair.
-    """
-    from matplotlib import ticker
+    """Draw the connectivity of a layer. Return the image if its cells are densities of several channel pairs."""
     from matplotlib.colors import PowerNorm
 
     matrix = layer.connectivity()
@@ -157,9 +148,8 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
         aspect="auto",
     )
     axis.set_box_aspect(1)
-    for side, channels in ((axis.xaxis, layer.in_channels), (axis.yaxis, layer.out_channels)):
-        side.set_major_locator(ticker.FixedLocator([0, channels // 2, channels]))
-    axis.set_xlabel("input channel")
+    inputs, outputs = layer.in_channels, layer.out_channels
+    axis.set(xticks=[0, inputs // 2, inputs], yticks=[0, outputs // 2, outputs], xlabel="input channel")
     title = f"{layer.name}\n{layer.groups} group{'s' * (layer.groups > 1)} of {layer.channels_per_group}"
     is_averaged = max(out_cell, in_cell) > 1
     axis.set_title(f"{title}\ncells of {out_cell} x {in_cell}" if is_averaged else title)
@@ -178,47 +168,40 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     height = max(0.17 * len(layers), 0.14 * top)
     width = max(_WIDTH, min(1.8 + 0.2 * count, 14))
     column = (width - 1.8) / count
-    letters = max(map(len, history.labels)) + 1
-    upright = history.axis == "checkpoint" and letters * _CHARACTER > column
-    under = letters * _CHARACTER if upright else 0
-    figure = Figure(figsize=(width, height + 2.3 + under), layout="constrained")
+    room = (max(map(len, history.labels)) + 1) * _CHARACTER  # of a label
+    upright = history.axis == "checkpoint" and room > column
+    figure = Figure(figsize=(width, height + 2.3 + (room if upright else 0)), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[height + 0.3, 1.3])
 
     shades = [1 - 0.75 * n / max(1, top - 1) for n in range(top)]
     norm = BoundaryNorm([2 ** (n - 0.5) for n in range(top + 1)], top)
     cells = above.pcolormesh(groups, cmap=ListedColormap([str(shade) for shade in shades]), norm=norm)
-    if column >= 3 * _CHARACTER:  # the number of groups where a row begins and where it changes
-        for row, numbers in enumerate(groups):
-            for n, number in enumerate(numbers):
-                if n == 0 or number != numbers[n - 1]:
-                    color = "black" if shades[number.bit_length() - 1] > 0.47 else "white"
-                    place = dict(x=n + 0.5, y=row + 0.5, ha="center", va="center_baseline")
-                    above.text(s=str(number), fontsize=5.5, color=color, **place)
+    for row, numbers in enumerate(groups):
+        for n, number in enumerate(numbers):
+            if column >= 3 * _CHARACTER and (n == 0 or number != numbers[n - 1]):
+                color = "black" if shades[number.bit_length() - 1] > 0.47 else "white"
+                above.text(
+                    n + 0.5, row + 0.5, str(number), fontsize=5.5, color=color, ha="center", va="center_baseline"
+                )
     for n, layer in enumerate(layers[1:], start=1):
         if layer.stage != layers[n - 1].stage:
             above.axhline(n, color="black", linewidth=0.8)
-    names = [layer.name for layer in layers]
-    if all(name.endswith(".conv2") for name in names):  # one layer per block
-        names = [name.removesuffix(".conv2") for name in names]
-    above.set_yticks([n + 0.5 for n in range(len(layers))], names)
+    above.set_yticks([n + 0.5 for n in range(len(layers))], [layer.name for layer in layers])
     above.tick_params(axis="both", length=0)
     above.invert_yaxis()
     ticks = [2**n for n in range(top)]
-    bar = figure.colorbar(cells, ax=above, ticks=ticks, format="{x:g}", pad=0.01, aspect=8 * height)
-    bar.set_label("groups")
+    bar = figure.colorbar(cells, ax=above, ticks=ticks, format="{x:g}", pad=0.01, aspect=8 * height, label="groups")
     bar.ax.tick_params(length=0)
 
     places = [n + 0.5 for n in range(count)]
     below.plot(places, [100 * report.density for report in history.reports], marker="o", markersize=3, **_LINE)
     fixed = history.reports[0].resnext_density
     if fixed is not None:
-        below.axhline(100 * fixed, linestyle="--", **_LINE)
-        beside: Any = dict(xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points")
-        # The space below the color bar is free.
-        below.annotate("ResNeXt", (1, 100 * fixed), va="center", **beside).set_in_layout(False)
+        below.axhline(100 * fixed, linestyle="--", label="ResNeXt", **_LINE)
+        below.legend(frameon=False)
     below.set(ylabel="connections,\n% of dense", xlim=(0, count), xlabel=history.axis)
     below.set_ylim(0, 1.05 * max(below.get_ylim()))
-    every = math.ceil((2 if upright else letters) * _CHARACTER / column)  # one label per so many checkpoints
+    every = math.ceil((2 * _CHARACTER if upright else room) / column)  # one label per so many checkpoints
     below.set_xticks(places[::every], history.labels[::every])
     below.tick_params(axis="x", rotation=90 if upright else 0)
     below.spines[["top", "right"]].set_visible(False)

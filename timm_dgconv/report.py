@@ -1,16 +1,15 @@
 """Reports of the learned groups: per layer the groups and their cost, for one model or for the checkpoints of a run."""
 
 import copy
-import dataclasses
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,8 +42,7 @@ class LayerReport:
         resolution: Height and width of the output, or None if the model does not run this layer.
         groups: Number of groups.
         bits: One character per bit of the channel index, the most significant bit first: 1 if the bit is open, 0 if it
-            is closed. An open bit connects the channels that differ in it. With `sort=True` all 0 come first, since the
-            closed gates act on the most significant bits. None for a plain group convolution.
+            is closed. An open bit connects the channels that differ in it. None for a plain group convolution.
         learned: Cost with these groups, without the gates.
         dense: Cost with one group.
         resnext: Cost in the ResNeXt with the same widths, or None outside of a G-ResNeXt.
@@ -134,11 +132,9 @@ class GroupReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers, for JSON."""
-        result = dataclasses.asdict(self)
-        for entry, layer in zip(result["layers"], self.layers, strict=True):
-            entry["channels_per_group"] = layer.channels_per_group
+        layers = [{**asdict(layer), "channels_per_group": layer.channels_per_group} for layer in self.layers]
         totals = ("complexity", "density", "resnext_density")
-        return result | {name: getattr(self, name) for name in totals}
+        return {**asdict(self), "layers": layers, **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
         """Return a table with one row per layer, and a second table for the whole network."""
@@ -197,11 +193,10 @@ class GroupHistory:
     @property
     def labels(self) -> tuple[str, ...]:
         """One label per checkpoint: its epoch, otherwise the name of its file, or its source if names are ambiguous."""
-        files = [Path(source).name for source in self.sources]
-        names = files if len(set(files)) == len(files) else self.sources
-        word = "epoch " if self.axis == "checkpoint" else ""
-        pairs = zip(self.epochs, names, strict=True)
-        return tuple(name if epoch is None else f"{word}{epoch}" for epoch, name in pairs)
+        if self.axis == "epoch":
+            return tuple(map(str, self.epochs))
+        names = tuple(Path(source).name for source in self.sources)
+        return names if len(set(names)) == len(names) else self.sources
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return `GroupReport.as_dict` of each checkpoint, with its source and epoch."""
@@ -246,7 +241,7 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         >>> report.layers[0].dense
         Cost(params=36928, macs=1806336)
     """
-    model = _unwrap(model)
+    model = unwrap_model(model)
     convs = group_layers(model)
     if not convs:
         raise ValueError(
@@ -285,15 +280,6 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
     )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the model in the wrappers of parallel training, torch.compile and weight averaging."""
-    while True:
-        children = dict(model.named_children())
-        if len(children) != 1 or not children.keys() <= set(_compat.WRAPPED):
-            return model
-        (model,) = children.values()
-
-
 def _cardinalities(model: nn.Module) -> dict[str, int]:
     """Return the number of groups in the ResNeXt with the same widths, for all modules of a G-ResNeXt."""
     return {
@@ -311,13 +297,13 @@ def _setting(model: nn.Module, key: str) -> Any:
 
 
 def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
+    default = _setting(model, "input_size")
+    if given is None and default is None:
+        raise ValueError(
+            f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
+            "input_size=(channels, height, width))"
+        )
     if given is None:
-        default = _setting(model, "input_size")
-        if default is None:
-            raise ValueError(
-                f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
-                "input_size=(channels, height, width))"
-            )
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         given = (first.in_channels, *default[1:])  # in_chans of timm.create_model does not change the cfg
     if not isinstance(given, Sequence) or not all(type(number) is int for number in given):
@@ -337,15 +323,11 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, dict[str, 
     Raises:
         ValueError: If the model does not run on such an image.
     """
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
-
-    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        outputs[name].append(output)
-
     net = _without_data(model)
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(partial(keep, name))
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    names = {module: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    for module in names:
+        module.register_forward_hook(lambda module, inputs, output: outputs[names[module]].append(output))
     dtype = next(net.parameters()).dtype
     counter = FlopCounterMode(display=False)
     try:
@@ -362,19 +344,14 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, dict[str, 
 
 def _without_data(model: nn.Module) -> nn.Module:
     """Return a copy of a model on the meta device in evaluation mode, without the user's hooks."""
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     result = copy.deepcopy(model, memo).eval()
-    for copied, module in zip(result.modules(), model.modules(), strict=True):
-        for name in _compat.HOOKS:
-            hooks: dict[int, Callable[..., Any]] = getattr(copied, name)
-            # deepcopy does not copy functions, so they would see this run. It copies bound methods, which timm's
-            # FeatureHookNet needs.
-            for key, hook in getattr(module, name).items():
-                if hooks[key] is hook:
-                    del hooks[key]
+    for module in result.modules():
+        for hooks in (getattr(module, name) for name in _compat.HOOKS):
+            # A function would see this run. timm's FeatureHookNet needs its bound methods, which deepcopy copies.
+            for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
+                del hooks[key]
     return result
 
 
@@ -385,9 +362,8 @@ def _network(report: GroupReport) -> tuple[Any, ...]:
 
 
 def _channels(layer: LayerReport) -> str:
-    if layer.in_channels == layer.out_channels:
-        return str(layer.in_channels)
-    return f"{layer.in_channels} -> {layer.out_channels}"
+    inputs, outputs = layer.in_channels, layer.out_channels
+    return f"{inputs}" if inputs == outputs else f"{inputs} -> {outputs}"
 
 
 def _cells(*costs: Cost | None) -> tuple[list[str], list[str]]:

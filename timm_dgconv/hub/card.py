@@ -77,7 +77,7 @@ def model_card(
     }
     if name == BASELINE or tag == "dgconv_in1k":
         content["comparison"] = _COMPARISON
-    return _compat.generate_readme(content, name)
+    return _compat.timm_hub().generate_readme(content, name)
 
 
 def _description(name: str, groups: list[int]) -> str:
@@ -141,34 +141,14 @@ def _usage(model: Any, name: str) -> str:
         for info in model.feature_info
     ]
     feature_maps = "\n".join(f"    #  torch.Size([1, {shape}])" for shape in shapes)
-
-    def example(heading: str, argument: str, rest: str) -> str:
-        return f"""### {heading}
-```python
-{_IMAGE}{'.convert("L")' if channels == 1 else ""}
-
-model = timm.create_model(
-    "hf-hub:OWNER/{name}",  # OWNER: the account of this repository
-    pretrained=True,{argument}
-)
-model = model.eval()
-
-# get model specific transforms (normalization, resize)
-data_config = timm.data.resolve_model_data_config(model)
-transforms = timm.data.create_transform(**data_config, is_training=False)
-
-output = model(transforms(img).unsqueeze(0))  # {rest}
-```
-"""
-
-    embeddings = "\n    num_classes=0,  # remove classifier nn.Linear"
     examples = [
-        example("Image Classification", "", _CLASSES),
-        example("Feature Map Extraction", "\n    features_only=True,", _FEATURE_MAPS.format(feature_maps)),
-        example("Image Embeddings", embeddings, _EMBEDDINGS.format(f"(1, {shapes[-1]})")),
+        ("Image Classification", "", _CLASSES),
+        ("Feature Map Extraction", "\n    features_only=True,", _FEATURE_MAPS.format(feature_maps)),
+        ("Image Embeddings", "\n    num_classes=0,  # remove classifier nn.Linear", _EMBEDDINGS.format(shapes[-1])),
     ]
+    grey = '.convert("L")' if channels == 1 else ""
     install = "" if name == BASELINE else "```bash\npip install timm-dgconv  # timm then knows the model\n```\n\n"
-    return install + "\n".join(examples)
+    return install + "\n".join(_EXAMPLE.format(heading, grey, name, *code) for heading, *code in examples)
 
 
 _TRAINED_BY = {
@@ -198,7 +178,9 @@ _CITATION = """@InProceedings{Zhang_2019_ICCV,
   month = {Oct},
   year = {2019}
 }"""  # noqa: E501
-_IMAGE = """from urllib.request import urlopen
+_EXAMPLE = """### {}
+```python
+from urllib.request import urlopen
 
 import timm
 import torch
@@ -206,7 +188,21 @@ from PIL import Image
 
 img = Image.open(
     urlopen("https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/beignets-task-guide.png")
-)"""
+){}
+
+model = timm.create_model(
+    "hf-hub:OWNER/{}",  # OWNER: the account of this repository
+    pretrained=True,{}
+)
+model = model.eval()
+
+# get model specific transforms (normalization, resize)
+data_config = timm.data.resolve_model_data_config(model)
+transforms = timm.data.create_transform(**data_config, is_training=False)
+
+output = model(transforms(img).unsqueeze(0))  # {}
+```
+"""
 _CLASSES = """unsqueeze single image into batch of 1
 
 top5_probabilities, top5_class_indices = torch.topk(output.softmax(dim=1) * 100, k=5)"""
@@ -222,7 +218,7 @@ _EMBEDDINGS = """output is (batch_size, num_features) shaped tensor
 # or equivalently (without needing to set num_classes=0)
 
 output = model.forward_features(transforms(img).unsqueeze(0))
-# output is unpooled, a {} shaped tensor
+# output is unpooled, a (1, {}) shaped tensor
 
 output = model.forward_head(output, pre_logits=True)
 # output is a (1, num_features) shaped tensor"""

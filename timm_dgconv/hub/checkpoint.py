@@ -25,17 +25,11 @@ _SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
 
 
 class TrainingInfo(NamedTuple):
-    """What timm stores beside the weights: in a checkpoint of train.py, or in the config.json of a folder.
-
-    Attributes:
-        epoch: The epoch, or None if the checkpoint has none.
-        model_kwargs: The arguments of the model.
-        data_args: Arguments of `timm.data.resolve_data_config`, which ignores the other arguments in it.
-    """
+    """What timm stores beside the weights: in a checkpoint of train.py, or in the config.json of a folder."""
 
     epoch: int | None
     model_kwargs: dict[str, Any]
-    data_args: dict[str, Any]
+    data_args: dict[str, Any]  # of timm.data.resolve_data_config, and others that it ignores
 
 
 def fetch(source: str) -> Path:
@@ -103,7 +97,7 @@ def read_training_info(source: str, path: Path) -> TrainingInfo:
     """
     if not Path(source).is_file() and (path.parent / CONFIG).is_file():
         try:
-            data_args, _, model_kwargs = _compat.load_model_config_from_path(path.parent)
+            data_args, _, model_kwargs = _compat.timm_hub().load_model_config_from_path(path.parent)
             return TrainingInfo(None, dict(model_kwargs), dict(data_args))
         except Exception as error:  # any exception of timm for a file that users edit
             raise ValueError(

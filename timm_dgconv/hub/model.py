@@ -74,10 +74,9 @@ def _with_data_args(cfg: Any, args: dict[str, Any]) -> Any:
 
 
 class Checkpoint:
-    """A checkpoint file and the arguments of its model.
+    """A checkpoint file and the arguments of its model, which `model_kwargs` override.
 
-    The source is as `fetch` takes it, and `cfg` is the pretrained_cfg of the architecture. `model_kwargs` override the
-    arguments in the checkpoint.
+    The source is as `fetch` takes it, and `cfg` is the pretrained_cfg of the architecture.
 
     Raises:
         ValueError: If the source is not a checkpoint.

@@ -1,8 +1,8 @@
 """Publish a converted folder on the Hub."""
 
-import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
@@ -91,9 +91,8 @@ def _check_folder(folder: Path, model_name: str | None) -> str:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}; use a folder that timm-dgconv convert wrote")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        found = f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
-        reload(folder)
+        cfg: Any = reload(folder).pretrained_cfg
+        found = f"{cfg['architecture']}.{cfg['tag']}"
     except Exception as error:  # users edit the files
         raise ValueError(f"timm cannot load {folder}: {one_line(error)}") from error
     if model_name not in (None, found):

@@ -7,8 +7,7 @@
 | the original release | `conv.weight` of shape (C_out, C_in, k, k), constants `D` and `I` | `gate`, unsorted |
 | a convolution | `weight` of shape (C_out, C_in / groups, k, k) | none |
 
-The name of the gates says how they are read. So a loader that goes by names finds the gates of its model or misses
-them, and never reads them in another way.
+The name of the gates says how they are read. So a loader that goes by names never reads them in another way.
 """
 
 import math
@@ -24,8 +23,7 @@ from timm_dgconv.ops.grouped import diagonal_blocks
 PRETRAINED_GATE = 0.01
 """Distance from zero of the gates of a loaded group convolution.
 
-It is the smallest tested distance at which fine-tuning flips no gate in the first epoch and some gates later. At
-the initial distance of 1e-8 the first step flips half of the gates (benchmarks/results/gate_margin.md).
+At this distance fine-tuning flips no gate in the first epoch, and some later (benchmarks/results/gate_margin.md).
 """
 
 INITIAL_GATE = 1e-8
@@ -83,12 +81,8 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
 def from_conv(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the dense weight and the gates with which a DGConv2d computes the same as a convolution.
 
-    The gates are `PRETRAINED_GATE` away from zero. The connections between groups keep the values of the layer, since
-    zeros would give a closed gate no gradient.
-
-    Args:
-        layer: The DGConv2d.
-        weight: Weight of the convolution, of shape (C_out, C_in / groups, kernel height, kernel width).
+    The weight of the convolution has shape (C_out, C_in / groups, kernel height, kernel width). The connections between
+    groups keep the values of the layer, since zeros would give a closed gate no gradient.
 
     Raises:
         ValueError: If the shape does not fit, or if the layer cannot have as many groups.

@@ -22,14 +22,12 @@ class DGConv2d(nn.Conv2d):
     m closed gates the layer computes a group convolution with 2^m groups. The forward pass binarises the gates, and the
     straight-through estimator trains them.
 
-    Each group is a range of channels, and each gate receives the slope of what its flip would do: the closed gate
-    nearest to zero the slope of twice as wide groups, the open gate nearest to zero the slope of groups of half the
-    width, the others none, since they cannot flip next. The paper has two other forms, see `sort` and `nested`.
-    `timm_dgconv/ops/README.md` derives all three.
+    Each group is a range of channels, and the gates that can flip next, those nearest to zero, receive the slope of
+    what their flip would do. The paper has two other forms, see `sort` and `nested`. `timm_dgconv/ops/README.md`
+    derives all three.
 
-    An average of several layers (EMA, SWA, averaged checkpoints) averages the values of the gates, and the sign of the
-    average decides. A gate with average 0.0 is open. The average may have groups that none of the averaged layers has.
-    float16 rounds the initial gates to +-0.0, and an average does not preserve the sign of zeros.
+    An average of models (EMA, SWA) averages the values of the gates, and the sign of the average decides. float16
+    rounds the initial gates to +-0.0, and an average does not preserve the sign of zeros.
 
     Args:
         in_channels: Number of input channels C_in.
@@ -72,6 +70,8 @@ class DGConv2d(nn.Conv2d):
         True
     """
 
+    sorted_gate: Tensor
+    unsorted_gate: Tensor
     __constants__ = [*nn.Conv2d.__constants__, "nested", "sort"]  # noqa: RUF012
     # torch.jit.script compiles properties, and a graph cannot read the gates on the host.
     __jit_unused_properties__ = ("closed", "gate", "num_bits", "num_groups")
@@ -99,18 +99,8 @@ class DGConv2d(nn.Conv2d):
                 f"torch.nn.Conv2d(..., groups={groups!r})"
             )
         num_bits = algebra.num_bits(in_channels, out_channels)
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            bias=bias,
-            padding_mode=padding_mode,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-        )
+        options: Any = dict(bias=bias, padding_mode=padding_mode, device=device, dtype=dtype)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, **options)
         self.add_gates(nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype)), sort, nested)
         self.reset_gate()
 
@@ -212,8 +202,7 @@ class DGConv2d(nn.Conv2d):
         that hold them, with zeros between the channels that the gates do not connect.
 
         Args:
-            groups: Number of contiguous groups. The default are the groups of this layer, so the result computes the
-                same.
+            groups: Number of contiguous groups. By default the result computes the same as this layer.
 
         Raises:
             ValueError: If `groups` does not divide the channel counts, or if the layer computes something else than its
@@ -225,11 +214,8 @@ class DGConv2d(nn.Conv2d):
     @torch.no_grad()
     def to_group_conv_(self, groups: int | None = None) -> nn.Conv2d:
         """Turn this layer into a torch.nn.Conv2d, in place; see `to_group_conv`."""
-        if (
-            type(self) is not DGConv2d
-            or {"forward", "_conv_forward"} & vars(self).keys()
-            or "weight" not in dict(self.named_parameters())
-        ):
+        has_own_forward = type(self) is not DGConv2d or {"forward", "_conv_forward"} & vars(self).keys()
+        if has_own_forward or "weight" not in dict(self.named_parameters()):
             raise ValueError(
                 f"a {type(self).__name__} whose forward pass or weight is not that of DGConv2d cannot become a "
                 "torch.nn.Conv2d; remove what changes it (torch.nn.utils.prune.remove, remove_weight_norm), or leave "
@@ -242,10 +228,8 @@ class DGConv2d(nn.Conv2d):
             weight = weight if bits.is_sorted else weight * self.connectivity()[:, :, None, None]
         elif groups < 1 or self.in_channels % groups or self.out_channels % groups:
             raise ValueError(f"groups={groups} does not divide the {self.in_channels} -> {self.out_channels} channels")
-        is_channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-        blocks = diagonal_blocks(weight.detach(), groups).flatten(0, 1).contiguous(memory_format=memory_format)
-        blocks = blocks.clone(memory_format=torch.preserve_format) if groups == 1 else blocks
+        blocks = torch.empty_like(weight[:, : self.in_channels // groups])  # keeps the memory format
+        blocks.copy_(diagonal_blocks(weight, groups).flatten(0, 1))
         delattr(self, GATE_NAMES[self.sort])
         for name in ("sort", "nested", "steered", "gate_reading", "_channels_of_gates"):
             vars(self).pop(name, None)
@@ -299,18 +283,9 @@ class DGConv2d(nn.Conv2d):
         weight = self.weight
         if torch.jit.is_scripting() and not torch.is_grad_enabled():  # type: ignore[attr-defined]
             # TorchScript saves what parameters compute for backward, in inference mode, too, where torch refuses it.
-            weight, gate = weight.detach(), gate.detach()  # type: ignore[operator]
-        return masked_conv2d(
-            x,
-            weight,
-            self.bias,
-            gate,  # type: ignore[arg-type]
-            [self.stride[0], self.stride[1]],
-            padding,
-            [self.dilation[0], self.dilation[1]],
-            self.sort,
-            self.nested,
-        )
+            weight, gate = weight.detach(), gate.detach()
+        stride, dilation = [self.stride[0], self.stride[1]], [self.dilation[0], self.dilation[1]]
+        return masked_conv2d(x, weight, self.bias, gate, stride, padding, dilation, self.sort, self.nested)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, list[int]]:
         """Pad the input as far as torch.conv2d cannot, and return the padding that is left."""

@@ -4,14 +4,14 @@ A group convolution can be built only if the host knows which gates are closed. 
 which costs microseconds. Reading gates on another device waits for it. So the outermost module that owns DGConv2d
 layers reads all their gates at the start of its forward call, in one transfer.
 
-A reading belongs to one forward call of the owner and ends with it. Outside of such a call each layer reads its own
-gates: in a recomputation of activation checkpointing, in a layer or a part of a model that is called alone, and in a
-method of the owner other than its call. The version of a parameter does not tell whether its values have changed: fused
-optimizers, `.data` edits, collectives and replayed CUDA graphs leave it as it is.
+A reading ends with the forward call of its owner. Outside of such a call each layer reads its own gates, for example in
+a recomputation of activation checkpointing. The version of a parameter does not tell whether its values have changed:
+fused optimizers, `.data` edits, collectives and replayed CUDA graphs leave it as it is.
 """
 
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -81,16 +81,12 @@ def read_per_layer(owner: nn.Module) -> None:
 
 
 def _before_forward(self: Any, input: tuple[Tensor]) -> None:
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        pass
-    else:
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _begin(self, depth=2)
 
 
 def _after_forward(self: Any, input: tuple[Tensor], output: Tensor) -> None:
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        pass
-    else:
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _end(self, depth=2)
 
 
@@ -104,12 +100,7 @@ def _layers(owner: nn.Module) -> list[Any]:
 
 
 def _begin(owner: nn.Module, depth: int) -> None:
-    """Read the gates, unless this call is inside of the call of another owner.
-
-    Args:
-        owner: The owner.
-        depth: How many frames above this function its call is.
-    """
+    """Read the gates, unless this call, `depth` frames above this one, is inside of the call of another owner."""
     if torch.compiler.is_compiling():
         layers = _layers(owner)
         gates = [layer.gate for layer in layers]
@@ -122,17 +113,15 @@ def _begin(owner: nn.Module, depth: int) -> None:
     is_direct = first is not None and first.device.type in READ_DIRECTLY  # replicas of DataParallel have no parameters
     if is_direct or _pass.is_running():
         return  # each layer reads its own gates, or has the reading of the outer owner
-    readings: dict[nn.Module, tuple[Tensor, Sequence[float]]] = {}
-    waiting = [
-        layer
-        for layer in _layers(owner)
-        if autograd.is_grouped(layer.gate, layer.gate, layer.gate) and has_values(layer)
-    ]
-    for device in {layer.gate.device for layer in waiting}:
-        here = [layer for layer in waiting if layer.gate.device == device]
-        found = autograd.read_gates([layer.gate for layer in here])
-        readings |= {layer: (layer.gate, values.tolist()) for layer, values in zip(here, found, strict=True)}
-    _pass.call, _pass.readings = sys._getframe(depth), readings
+    waiting = defaultdict(list)
+    for layer in _layers(owner):
+        if autograd.is_grouped(layer.gate, layer.gate, layer.gate) and has_values(layer):
+            waiting[layer.gate.device].append(layer)
+    _pass.end()
+    for layers in waiting.values():
+        found = autograd.read_gates([layer.gate for layer in layers])
+        _pass.readings |= {layer: (layer.gate, values.tolist()) for layer, values in zip(layers, found, strict=True)}
+    _pass.call = sys._getframe(depth)
 
 
 def _end(owner: nn.Module, depth: int) -> None:
@@ -152,9 +141,7 @@ def read(layer: Any) -> Sequence[float] | Tensor:
         RuntimeError: If this process does not have the values.
     """
     if torch.compiler.is_compiling():
-        if layer.gate_reading is not None:
-            return layer.gate_reading[1]
-        return _read_in_graph([layer.gate])[0]
+        return _read_in_graph([layer.gate])[0] if layer.gate_reading is None else layer.gate_reading[1]
     gate, values = _pass.readings.get(layer, (None, ()))
     # torch.func.functional_call may have exchanged the gates.
     return values if gate is not None and gate is layer.gate and _pass.is_running() else read_alone(layer)

@@ -12,7 +12,7 @@ from torch import nn
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.layers.gate_reader import read_per_layer
-from timm_dgconv.models.group_net import TRAINING_ARGS, GroupNet, layer_groups
+from timm_dgconv.models.group_net import GroupNet, layer_groups
 from timm_dgconv.ops import algebra
 
 _PER_CHANNEL = (
@@ -28,8 +28,7 @@ _PER_CHANNEL = (
 def compact(model: nn.Module) -> nn.Module:
     """Return a copy of a network that computes the same with torch.nn.Conv2d layers instead of DGConv2d layers.
 
-    The copy keeps only the connected weights: at 32 groups 25 M of the 69 M parameters of g_resnext50. It trains with
-    its groups fixed.
+    The copy keeps only the connected weights, and trains with its groups fixed.
 
     Layers with ``sort=False`` need another order of channels for this. In timm's bottlenecks the order moves into the
     1x1 convolutions around the layer. Elsewhere the copy has the smallest contiguous groups that hold the learned ones,
@@ -63,11 +62,9 @@ def compact(model: nn.Module) -> nn.Module:
             "timm_dgconv.groupable has converted"
         )
     to_group_convs(result)
-    args = {key: value for key, value in getattr(result, _compat.MODEL_ARGS, {}).items() if key not in TRAINING_ARGS}
     if isinstance(result, GroupNet):
-        args["groups"] = layer_groups(result)
-    if args:
-        setattr(result, _compat.MODEL_ARGS, args)
+        args = getattr(result, _compat.MODEL_ARGS, {})
+        setattr(result, _compat.MODEL_ARGS, {**args, "groups": layer_groups(result)})
     return result
 
 
@@ -78,11 +75,9 @@ def to_group_convs(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Bottleneck):
             _sort_channels(module, {key for key, count in owners.items() if count > 1})
-    weights: dict[tuple[int, int], Any] = {}
-    kept = []  # an id is valid as long as its tensor lives
+    weights: dict[tuple[torch.Tensor, torch.Tensor], Any] = {}
     for name, layer in [entry for entry in model.named_modules() if isinstance(entry[1], DGConv2d)]:
-        kept.append((layer.weight, layer.gate))
-        key = id(layer.weight), id(layer.gate)
+        key = layer.weight, layer.gate
         try:
             conv = layer.to_group_conv_()
         except ValueError as error:
@@ -96,44 +91,32 @@ def to_group_convs(model: nn.Module) -> None:
 def _sort_channels(block: Any, tied: set[int]) -> None:
     """Reorder the channels inside of a bottleneck so that its 3x3 layer has contiguous groups, where that is exact.
 
-    Args:
-        block: The bottleneck; changed in place.
-        tied: Ids of the parameters that other modules have, too.
+    It is not if other modules have a parameter, too: `tied` are the ids of these.
     """
     conv: Any = block.conv2
     if not isinstance(conv, DGConv2d) or conv.sort:
         return
-    between = {
-        name: [getattr(block, name) for name in names]
-        for name, names in {"before": ("bn1", "act1"), "after": ("bn2", "drop_block", "act2", "aa")}.items()
-    }
-    inside = [conv, *between["before"], *between["after"]]
+    above, below = (block.bn1, block.act1), (block.bn2, block.drop_block, block.act2, block.aa)
     is_pointwise = all(type(c) is nn.Conv2d and c.groups == 1 for c in (block.conv1, block.conv3))
-    changed = [block.conv1, block.conv3, *(module for m in inside for module in m.modules())]
+    changed = [block.conv1, block.conv3, *(module for m in (conv, *above, *below) for module in m.modules())]
     is_free = is_pointwise and all(type(m) in (*_PER_CHANNEL, nn.Conv2d, DGConv2d) for m in changed)
     has_hooks = any(getattr(module, hooks) for module in changed for hooks in _compat.HOOKS)
     is_timms = type(block).forward is Bottleneck.forward and not any("forward" in vars(m) for m in (block, *changed))
-    if (
-        not is_free
-        or not is_timms
-        or has_hooks
-        or any(id(p) in tied for module in changed for p in module.parameters())
-    ):
+    is_tied = any(id(p) in tied for module in changed for p in module.parameters())
+    if not is_free or not is_timms or has_hooks or is_tied:
         return
     bits = conv.bits()
-    order = {channels: algebra.channel_order(bits, channels) for channels in (conv.in_channels, conv.out_channels)}
-    before, after = order[conv.in_channels], order[conv.out_channels]
-    conv.weight.copy_(conv.weight[after][:, before])
+    before, after = (algebra.channel_order(bits, channels) for channels in (conv.in_channels, conv.out_channels))
+    conv.weight.copy_(conv.weight[:, before])
     conv.set_sort(True)
-    _permute((block.conv1, *between["before"]), before)
-    _permute((*between["after"], *([conv] if conv.bias is not None else [])), after, skip=conv.weight)
+    _permute((block.conv1, *above), before)
+    _permute((conv, *below), after)
     block.conv3.weight.copy_(block.conv3.weight[:, after])
 
 
-def _permute(modules: Any, order: torch.Tensor, skip: Any = None) -> None:
+def _permute(modules: Any, order: torch.Tensor) -> None:
     """Permute the parameters and buffers that modules have per channel."""
     for module in modules:
-        for inner in module.modules():
-            for tensor in (*inner.parameters(recurse=False), *inner.buffers(recurse=False)):
-                if tensor is not skip and tensor.ndim and tensor.shape[0] == order.shape[0]:
-                    tensor.copy_(tensor[order.to(tensor.device)])
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.ndim and tensor.shape[0] == order.shape[0]:
+                tensor.copy_(tensor[order.to(tensor.device)])

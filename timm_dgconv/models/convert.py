@@ -91,10 +91,9 @@ def skipped_convs(model: nn.Module, where: Where | None = None) -> dict[str, str
     convs = _plain_convs(model)
     if where is not None:
         return {name: "`where` does not choose it" for name, conv in convs.items() if not where(name, conv)}
-    wanted = {name: conv for name, conv in convs.items() if not _reluctance(conv)}
-    reasons = {name: _reluctance(conv) for name, conv in convs.items() if name not in wanted}
-    reasons |= {name: reason for name, reason in _merged(model).items() if name in wanted}
-    return reasons | _obstacles(model, {name: conv for name, conv in wanted.items() if name not in reasons})
+    reluctances = {name: reason for name, conv in convs.items() if (reason := _reluctance(conv))}
+    reasons = _merged(model) | reluctances
+    return reasons | _obstacles(model, {name: conv for name, conv in convs.items() if name not in reasons})
 
 
 def _plain_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -154,47 +153,28 @@ def _merged(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if not isinstance(module, nn.Conv2d) and any(hasattr(module, method) for method in _MERGES)
     }
-    merged = {}
-    for name in _plain_convs(model):
-        parents = [".".join(name.split(".")[:depth]) for depth in range(name.count(".") + 1)]
-        for parent in parents:
-            if parent in merging:
-                merged[name] = f"a {merging[parent]} merges its weight with others"
-    return merged
+    return {
+        name: f"a {parent} merges its weight with others"
+        for prefix, parent in merging.items()
+        for name in _plain_convs(model)
+        if not prefix or name.startswith(f"{prefix}.")
+    }
 
 
 def _convert(
     conv: nn.Conv2d, parameters: dict[int, tuple[nn.Parameter, nn.Parameter]], sort: bool, nested: bool
 ) -> None:
-    """Turn a convolution into a DGConv2d, in place.
-
-    The object changes its class, as in torch.nn.utils.parametrize. So hooks and references to it stay valid.
-
-    Args:
-        conv: The convolution.
-        parameters: Id of a weight -> weight and gates of the layer that it has become; updated in place. Convolutions
-            that share a weight share both.
-        sort: See `groupable`.
-        nested: See `groupable`.
-    """
+    """Turn a convolution into a DGConv2d, in place. Convolutions that share a weight share the new `parameters`."""
     weight = conv.weight
     if id(weight) not in parameters:
-        layer = DGConv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            bias=False,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        dense, gate = from_conv(layer, weight)
-        new: Any = weight
-        if conv.groups > 1:
-            is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
-            memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-            new = nn.Parameter(dense.contiguous(memory_format=memory_format), weight.requires_grad)
-        parameters[id(weight)] = (new, nn.Parameter(gate, weight.requires_grad))
+        shape: Any = (conv.in_channels, conv.out_channels, conv.kernel_size)
+        layer = DGConv2d(*shape, bias=False, device=weight.device, dtype=weight.dtype)
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            layer.to(memory_format=torch.channels_last)
+        dense, gates = from_conv(layer, weight)
+        new: Any = weight if conv.groups == 1 else nn.Parameter(dense, weight.requires_grad)
+        parameters[id(weight)] = (new, nn.Parameter(gates, weight.requires_grad))
     conv.weight, gate = parameters[id(weight)]
     conv.groups = 1
-    conv.__class__ = DGConv2d
+    conv.__class__ = DGConv2d  # as in torch.nn.utils.parametrize: hooks and references to the object stay valid
     conv.add_gates(gate, sort, nested)  # type: ignore[operator]

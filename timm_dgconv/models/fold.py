@@ -1,7 +1,4 @@
-"""The deployed form of a network: batch norms folded into the convolutions before them, through timm's `fuse` protocol.
-
-`timm.utils.reparameterize_model` calls `fuse` on modules.
-"""
+"""The deployed form of a network: `timm.utils.reparameterize_model` calls `fuse`, which folds batch norms."""
 
 import copy
 from itertools import pairwise
@@ -15,11 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from timm_dgconv import _compat
 from timm_dgconv.models.compact import to_group_convs
 
-_BATCH_NORMS_WITH_ACT = (
-    timm.layers.BatchNormAct2d,
-    timm.layers.SyncBatchNormAct,
-    timm.layers.FrozenBatchNormAct2d,
-)
+_NORMS_WITH_ACT = (timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct, timm.layers.FrozenBatchNormAct2d)
 
 
 class FoldsNorms(nn.Module):
@@ -48,18 +41,14 @@ class FoldsNorms(nn.Module):
 
 @torch.no_grad()
 def fold_norm(conv: Any, norm: Any) -> Any:
-    """Fold the running statistics and weights of a batch norm into the convolution before it.
-
-    Args:
-        conv: The module before the norm; changed in place if it is a plain convolution.
-        norm: The norm, in training or evaluation mode.
+    """Fold the running statistics and weights of a batch norm into the convolution before it, in place.
 
     Returns:
         The module that replaces the norm: an identity, or the activation of the norm. The norm itself comes back, and
         the convolution is unchanged, if the norm is of another kind or has no running statistics, if `conv` is not a
         plain convolution, or if a hook computes its weight or sees what it computes.
     """
-    is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, *_BATCH_NORMS_WITH_ACT)
+    is_batch_norm = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, *_NORMS_WITH_ACT)
     if type(conv) is not nn.Conv2d or not is_batch_norm or norm.running_mean is None:
         return norm
     is_plain = dict(conv.named_parameters()).keys() == {"weight", "bias"} - ({"bias"} if conv.bias is None else set())
@@ -67,14 +56,10 @@ def fold_norm(conv: Any, norm: Any) -> Any:
     if not is_plain or has_own_forward or any(getattr(m, h) for m in (conv, norm) for h in _compat.HOOKS):
         return norm
     # Fold in float64: the weights may be in half precision.
-    names = ("running_mean", "running_var", "weight", "bias")
-    values: Any = (None if (value := getattr(norm, name)) is None else value.double() for name in names)
-    mean, var, weight, bias = values
-    conv_bias = None if conv.bias is None else conv.bias.double()
-    fused_weight, fused_bias = fuse_conv_bn_weights(conv.weight.double(), conv_bias, mean, var, norm.eps, weight, bias)
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    doubles: Any = (None if tensor is None else tensor.double() for tensor in tensors)
+    weight, bias, mean, var, scale, shift = doubles
+    folded = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift)
     # Another convolution of the block may share the weight.
-    conv.weight = nn.Parameter(fused_weight.to(conv.weight.dtype), conv.weight.requires_grad)
-    conv.bias = nn.Parameter(fused_bias.to(conv.weight.dtype), conv.weight.requires_grad)
-    if type(norm) in _BATCH_NORMS_WITH_ACT:
-        return nn.Sequential(norm.drop, norm.act)
-    return nn.Identity()
+    conv.weight, conv.bias = (nn.Parameter(t.to(conv.weight.dtype), conv.weight.requires_grad) for t in folded)
+    return nn.Sequential(norm.drop, norm.act) if type(norm) in _NORMS_WITH_ACT else nn.Identity()

@@ -26,11 +26,6 @@ def g_densenet121(pretrained: bool = False, **kwargs: Any) -> GDenseNet:
     if pretrained:
         check_pretrained("g_densenet121", kwargs)
     model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16))
-    return build_model_with_cfg(
-        GDenseNet,
-        "g_densenet121",
-        pretrained,
-        pretrained_filter_fn=add_gates,
-        feature_cfg=dict(feature_cls=GroupFeatureListNet, flatten_sequential=True),
-        **dict(model_args, **kwargs),
-    )
+    feature_cfg = dict(feature_cls=GroupFeatureListNet, flatten_sequential=True)
+    options = dict(pretrained_filter_fn=add_gates, feature_cfg=feature_cfg)
+    return build_model_with_cfg(GDenseNet, "g_densenet121", pretrained, **options, **dict(model_args, **kwargs))

@@ -1,9 +1,6 @@
 """G-ResNet and G-ResNeXt: ResNet and ResNeXt whose 3x3 convolutions learn their number of groups.
 
-Papers:
-* `Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks` -
-  https://arxiv.org/abs/1908.05867
-
+Paper: https://arxiv.org/abs/1908.05867
 Original release: https://github.com/d-li14/dgconv.pytorch (MIT)
 """
 
@@ -43,7 +40,7 @@ class GResNet(GroupNet, ResNet):
         zero_init_last: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Build the network.
+        """Build the network, and raise errors as `GroupNet` does.
 
         Args:
             block: Class of the blocks.
@@ -53,10 +50,6 @@ class GResNet(GroupNet, ResNet):
             complexity_target: See `GroupNet`. "resnext" is the density of a ResNeXt with this cardinality.
             zero_init_last: Initialise the weights of the last norm of each block with zeros.
             **kwargs: Further arguments of `GroupNet` and of timm's ResNet.
-
-        Raises:
-            TypeError: If timm's ResNet does not take an argument, or if an argument is not a number.
-            ValueError: As `GroupNet`.
         """
         if complexity_target == "resnext":
             complexity_target = 1 / cardinality
@@ -110,14 +103,8 @@ default_cfgs = generate_default_cfgs(
 def _create_g_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GResNet:
     if pretrained:
         check_pretrained(variant, kwargs, _HOW_TO_GET_WEIGHTS.get(variant))
-    return build_model_with_cfg(
-        GResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=add_gates,
-        feature_cfg=dict(feature_cls=GroupFeatureListNet),
-        **kwargs,
-    )
+    options = dict(pretrained_filter_fn=add_gates, feature_cfg=dict(feature_cls=GroupFeatureListNet))
+    return build_model_with_cfg(GResNet, variant, pretrained, **options, **kwargs)
 
 
 _HOW_TO_GET_WEIGHTS = {

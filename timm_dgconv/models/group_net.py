@@ -34,8 +34,7 @@ class GroupNet(OneReading):
 
     Args:
         *args: Arguments of the network of timm.
-        groups: A fixed number of groups, in all layers or one per layer, instead of learned groups. This builds group
-            convolutions (the compact form, see `timm_dgconv.compact`).
+        groups: A fixed number of groups, in all layers or one per layer: the compact form, see `timm_dgconv.compact`.
         sort: Whether groups are ranges of channels, see `timm_dgconv.DGConv2d`. The networks of the paper have
             ``sort=False``.
         nested: Whether gates receive the slope of their flip, see `timm_dgconv.DGConv2d`.
@@ -89,8 +88,8 @@ class GroupNet(OneReading):
                 conv.weight = nn.Parameter(conv.weight.detach().new_zeros(shape))
                 conv.groups = 1
         groupable(self, self.learns_groups, sort, nested)
-        convs = {name: module for name, module in self.named_modules() if isinstance(module, DGConv2d)}
-        for conv in convs.values():
+        convs = [module for module in self.modules() if isinstance(module, DGConv2d)]
+        for conv in convs:
             conv.reset_gate()
         for conv, number in _per_layer(convs, "groups", groups):
             conv.to_group_conv_(number)
@@ -136,16 +135,15 @@ def group_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
 
     The compact form of a network that is not of this package is made of its own modules, so it has no such layers.
     """
-    found: dict[str, nn.Conv2d] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, DGConv2d):
-            found[prefix] = module
-        elif isinstance(module, GroupNet):
-            for name, conv in module.named_modules(prefix=prefix):
-                inner = name[len(prefix) + 1 :] if prefix else name
-                if isinstance(conv, nn.Conv2d) and module.learns_groups(inner, conv):
-                    found[name] = conv
-    return {name: found[name] for name, _ in model.named_modules() if name in found}
+    learned = {
+        conv
+        for net in model.modules()
+        if isinstance(net, GroupNet)
+        for name, conv in net.named_modules()
+        if isinstance(conv, nn.Conv2d) and net.learns_groups(name, conv)
+    }
+    convs = {name: conv for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
+    return {name: conv for name, conv in convs.items() if isinstance(conv, DGConv2d) or conv in learned}
 
 
 def layer_groups(model: nn.Module) -> list[int]:
@@ -165,13 +163,11 @@ def layer_groups(model: nn.Module) -> list[int]:
     return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in group_layers(model).values()]
 
 
-def _per_layer(
-    convs: dict[str, DGConv2d], option: str, groups: int | Sequence[int] | None
-) -> list[tuple[DGConv2d, int]]:
+def _per_layer(convs: list[DGConv2d], option: str, groups: int | Sequence[int] | None) -> list[tuple[DGConv2d, int]]:
     """Return layer and number of groups of each layer, or an empty list if `groups` is None."""
     if groups is None:
         return []
     numbers = [groups] * len(convs) if isinstance(groups, int) else groups
     if not isinstance(numbers, list | tuple) or len(numbers) != len(convs):
         raise ValueError(f"{option}={groups!r} must be one number, or one for each of the {len(convs)} layers")
-    return list(zip(convs.values(), numbers, strict=True))
+    return list(zip(convs, numbers, strict=True))
