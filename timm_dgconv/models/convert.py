@@ -91,8 +91,8 @@ def skipped_convs(model: nn.Module, where: Where | None = None) -> dict[str, str
     convs = _plain_convs(model)
     if where is not None:
         return {name: "`where` does not choose it" for name, conv in convs.items() if not where(name, conv)}
-    reluctances = {name: reason for name, conv in convs.items() if (reason := _reluctance(conv))}
-    reasons = _merged(model) | reluctances
+    reasons = {name: reason for name, conv in convs.items() if (reason := _reluctance(conv))}
+    reasons |= {name: reason for name, reason in _merged(model).items() if name not in reasons}
     return reasons | _obstacles(model, {name: conv for name, conv in convs.items() if name not in reasons})
 
 
