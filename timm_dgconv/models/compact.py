@@ -12,7 +12,7 @@ from torch import nn
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.layers.gate_reader import read_per_layer
-from timm_dgconv.models.group_net import GroupNet, layer_groups
+from timm_dgconv.models.group_net import TRAINING_ARGS, GroupNet, layer_groups
 from timm_dgconv.ops import algebra
 
 _PER_CHANNEL = (
@@ -62,9 +62,11 @@ def compact(model: nn.Module) -> nn.Module:
             "timm_dgconv.groupable has converted"
         )
     to_group_convs(result)
+    args = {key: value for key, value in getattr(result, _compat.MODEL_ARGS, {}).items() if key not in TRAINING_ARGS}
     if isinstance(result, GroupNet):
-        args = getattr(result, _compat.MODEL_ARGS, {})
-        setattr(result, _compat.MODEL_ARGS, {**args, "groups": layer_groups(result)})
+        args["groups"] = layer_groups(result)
+    if args:
+        setattr(result, _compat.MODEL_ARGS, args)
     return result
 
 
