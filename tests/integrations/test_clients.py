@@ -500,6 +500,7 @@ def test_exported_files_run_without_timm_and_the_layers_of_this_package(tmp_path
     paths = [tmp_path / f"{form}.pt2" for form in FORMS]
     batch = torch.export.Dim("batch", max=64)
     for model, path in zip(models, paths, strict=True):
-        torch.export.save(torch.export.export(model, (images(64),), dynamic_shapes={"x": {0: batch}}), path)
+        program = torch.export.export(model, (images(64),), dynamic_shapes={"x": {0: batch}}, strict=False)
+        torch.export.save(program, path)
     expected = [[model(images(64, count)).detach().numpy() for count in (1, 4, 7)] for model in models]
     assert_close(alone(run_exported, paths), expected, rtol=1e-4, atol=1e-4)
