@@ -18,7 +18,9 @@ SPECIAL = [0.0, -0.0, math.inf, -math.inf, 1e-45, -1e-8]
 
 forms = st.sampled_from(FORMS)
 gate_values = st.lists(
-    st.sampled_from([*SPECIAL, 1e-8, 0.5, -0.5, 2.0, -2.0]) | st.floats(-3, 3, width=32, allow_subnormal=False), min_size=1, max_size=6
+    st.sampled_from([*SPECIAL, 1e-8, 0.5, -0.5, 2.0, -2.0]) | st.floats(-3, 3, width=32, allow_subnormal=False),
+    min_size=1,
+    max_size=6,
 ).map(lambda values: torch.tensor(values).tolist())  # as float32
 
 

@@ -19,7 +19,11 @@ FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
 forms = st.sampled_from(FORMS)
-gate_values = st.lists(st.sampled_from([0.25, -0.25, 0.5, -0.5, 0.0, -0.0]) | st.floats(-2, 2, allow_subnormal=False), min_size=1, max_size=5)
+gate_values = st.lists(
+    st.sampled_from([0.25, -0.25, 0.5, -0.5, 0.0, -0.0]) | st.floats(-2, 2, allow_subnormal=False),
+    min_size=1,
+    max_size=5,
+)
 factors = st.integers(1, 3)
 
 
