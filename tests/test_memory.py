@@ -67,7 +67,7 @@ def check_flat(step: Callable[[], None], warm_up: int, steps: int) -> None:
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize(("warm_up", "steps"), [(100, 200), pytest.param(1000, 9000, marks=slow)])
+@pytest.mark.parametrize(("warm_up", "steps"), [(100, 200), pytest.param(1000, 3000, marks=slow)])
 def test_steps_of_a_layer_keep_no_memory(warm_up: int, steps: int) -> None:
     check_flat(trainer(DGConv2d(16, 16, 3, padding=1), (2, 16, 6, 6)), warm_up, steps)
 

@@ -93,7 +93,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 
 @even_kernels
-@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("examples", [100, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_random_layers(examples: int) -> None:
     settings(max_examples=examples)(given(data=st.data())(check_layer))()
 

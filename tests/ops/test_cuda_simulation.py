@@ -163,7 +163,7 @@ def description(x: Tensor) -> tuple[Any, ...]:
 
 
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("number", [50, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [50, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("input_dtype", "weight_dtype"), DTYPES, ids=str)
 def test_results_are_as_the_fake_operators_say(
     input_dtype: torch.dtype, weight_dtype: torch.dtype, number: int
