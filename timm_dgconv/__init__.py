@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from timm_dgconv.optim.complexity import complexity as complexity
     from timm_dgconv.optim.complexity import constrained_loss as constrained_loss
     from timm_dgconv.optim.complexity import freeze_groups as freeze_groups
+    from timm_dgconv.optim.cost import cost_table as cost_table
+    from timm_dgconv.optim.steering import hold_target as hold_target
     from timm_dgconv.optim.steering import steer as steer
     from timm_dgconv.report import group_report as group_report
 
@@ -29,9 +31,11 @@ _MODULES = {
     "compact": "models.compact",
     "complexity": "optim.complexity",
     "constrained_loss": "optim.complexity",
+    "cost_table": "optim.cost",
     "freeze_groups": "optim.complexity",
     "group_report": "report",
     "groupable": "models.convert",
+    "hold_target": "optim.steering",
     "skipped_convs": "models.convert",
     "steer": "optim.steering",
 }

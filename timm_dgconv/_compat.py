@@ -4,6 +4,10 @@ The tests exercise all of them on torch 2.5.0 and 2.14.1 and on timm 1.0.21 and 
 supported versions. timm's names are imported inside functions, since importing timm imports this package.
 """
 
+import json
+import warnings
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The attributes of a module that hold its hooks. torch has no public way to list them."""
 
 MODEL_ARGS = "_model_args"
@@ -62,24 +66,45 @@ def flat_parameter_modules(parameter: Tensor) -> set[nn.Module]:
     return {info.module for info in getattr(parameter, "_param_infos", ())}
 
 
-def hook_lookahead() -> None:
-    """Let the step of timm's Lookahead call the hooks of optimizers.
+def hook_wrappers() -> None:
+    """Let the steps of timm's Lookahead and torch's PostLocalSGDOptimizer call the hooks of optimizers.
 
-    Lookahead does not call Optimizer.__init__, which installs them. It changes parameters after the step of its base
+    They do not call Optimizer.__init__, which installs the hooks. They average parameters after the step of their base
     optimizer, so the hooks of that step are not enough.
     """
     from timm.optim import Lookahead
 
-    if not getattr(Lookahead.step, "hooked", False):
-        Lookahead.step = Optimizer.profile_hook_step(Lookahead.step)
-        Lookahead.step.hooked = True
+    wrappers: list[Any] = [Lookahead]
+    if torch.distributed.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of functional optimizers, in torch 2.5
+            from torch.distributed.optim import PostLocalSGDOptimizer
+        wrappers.append(PostLocalSGDOptimizer)
+        PostLocalSGDOptimizer._optimizer_step_pre_hooks = OrderedDict()
+        PostLocalSGDOptimizer._optimizer_step_post_hooks = OrderedDict()
+    for wrapper in wrappers:
+        if not getattr(wrapper.step, "hooked", False):
+            wrapper.step = Optimizer.profile_hook_step(wrapper.step)
+            wrapper.step.hooked = True
 
 
-def timm_hub() -> Any:
-    """Return the module in which timm reads and writes config.json, and writes model cards.
+def save_config_for_hf(model: nn.Module, path: Path, model_args: dict[str, Any] | None = None) -> None:
+    """Write config.json as timm does for the Hub. timm.models.save_for_hf would write the weights, too."""
+    from timm.models._hub import save_config_for_hf
 
-    `timm.models.save_for_hf` would write the weights, too, and timm < 1.0.26 cannot load safetensors from a folder.
-    """
-    from timm.models import _hub
+    save_config_for_hf(model, path, model_args=model_args)
 
-    return _hub
+
+def load_model_config_from_path(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """Read config.json as timm does, which takes no null. transformers writes ``"model_args": null``."""
+    from timm.models._hub import _parse_model_cfg
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _parse_model_cfg({name: value for name, value in config.items() if value is not None}, {})
+
+
+def generate_readme(content: dict[str, Any], name: str, task: str) -> str:
+    """Return a model card in the form of timm's model cards."""
+    from timm.models._hub import generate_readme
+
+    return generate_readme(content, name, task)

@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from timm_dgconv.hub.convert import File
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -42,7 +46,7 @@ def _publish(args: argparse.Namespace) -> None:
     print(f"\nload it with timm.create_model('hf-hub:{hub_id}', pretrained=True)")
 
 
-def _print_files(files: Sequence[Any]) -> None:
+def _print_files(files: Sequence["File"]) -> None:
     for file in files:
         print(f"  {file.name:<18} {file.size:>13,} bytes  sha256 {file.sha256}")
 
@@ -55,10 +59,46 @@ def _inspect(args: argparse.Namespace) -> None:
         plots.check(args.plot)
     elif args.layers:
         raise ValueError("--layers selects the layers of a plot; add --plot FILE")
-    history = inspect(args.sources, args.model, args.ema, args.img_size, args.layers, args.model_kwargs)
+    history = inspect(args.sources, args.model, args.ema, args.img_size, args.layers, args.model_kwargs, args.costs)
     print(json.dumps(history.as_dicts(), indent=1) if args.json else history)
     if args.plot:
         plots.draw(history, args.plot, args.layers)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    import timm
+
+    from timm_dgconv.hub.errors import one_line
+    from timm_dgconv.measure import measure, write
+    from timm_dgconv.tracing import image_size
+
+    if not args.out.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {args.out} does not exist; create it")
+    if args.img_size is not None and args.img_size < 1:
+        raise ValueError(f"--img-size {args.img_size} is not a number of at least 1")
+    try:
+        model = timm.create_model(args.model, **args.model_kwargs)
+    except Exception as error:  # any exception of timm's constructors
+        reason = f"{args.model} cannot be built with {args.model_kwargs}: {one_line(error)}"
+        raise ValueError(f"{reason}; use another --model or other --model-kwargs") from error
+    channels, height, width = image_size(model, None)
+    size = (channels, args.img_size or height, args.img_size or width)
+    content = measure(
+        model, size, args.model, args.device, args.batch_size, args.runtime, args.rounds, args.channels_last
+    )
+    write(content, args.out)
+    low, high = content["quartiles"]["whole"]
+    print(
+        f"the dense network takes {content['whole']:.2f} ms (quartiles {low:.2f} and {high:.2f}) on {content['device']}"
+    )
+    learn = sum(costs[0] for costs in content["layers"].values())
+    least = sum(min(costs) for costs in content["layers"].values())
+    print(f"its {len(content['layers'])} layers that learn groups take {learn:.2f} ms of it, {least:.2f} ms at least")
+    smallest = 1 - (learn - least) / content["whole"]
+    print(f"the smallest complexity_target that can be reached is {math.ceil(1e3 * smallest) / 1e3}")
+    if smallest < 1:
+        target = math.ceil(50 * (1 + smallest)) / 100  # half way
+        print(f"\ntrain with --model-kwargs complexity_target={target} complexity_unit={args.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,17 +115,26 @@ def _parser() -> argparse.ArgumentParser:
         "train.py, validate.py and benchmark.py.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    weights = argparse.ArgumentParser(add_help=False)  # options of several commands
-    weights.add_argument("--no-ema", dest="ema", action="store_false", help="ignore averaged weights in a checkpoint")
+    builds = argparse.ArgumentParser(add_help=False)  # options of several commands
     kwargs_help = "arguments of the model that change the network, as for timm's scripts (default: as timm stored them)"
-    key_values: Any = dict(nargs="*", default={}, type=key_value, action=ParseKwargs, metavar="KEY=VALUE")
-    weights.add_argument("--model-kwargs", **key_values, help=kwargs_help)
+    builds.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        type=key_value,
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help=kwargs_help,
+    )
+    weights = argparse.ArgumentParser(add_help=False, parents=[builds])
+    weights.add_argument("--no-ema", dest="ema", action="store_false", help="ignore averaged weights in a checkpoint")
 
     demo = commands.add_parser(
         "demo",
         help="train on scikit-learn's digits, nothing downloaded",
         description="Train a G-ResNeXt on scikit-learn's digits (extra 'demo'). Print the held-out accuracy and "
-        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs.",
+        "the learned groups of each layer. Write the model, reload it with timm and compare the outputs. With the "
+        "defaults this takes less than five minutes on two CPU cores.",
     )
     demo.set_defaults(run=_demo)
     add = demo.add_argument
@@ -96,9 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of split, weights and order (default: %(default)s)")
     add("--output", type=Path, metavar="DIR", help="folder to write the model to (default: NAME_demo)")
     add("--overwrite", action="store_true", help="replace the output of an earlier demo")
-    target_help = "largest share of a dense network's connections, or resnext for the share that a ResNeXt has"
-    target: Any = dict(type=lambda text: text if text == "resnext" else float(text), metavar="T")
-    add("--complexity-target", **target, help=target_help)
+    add(
+        "--complexity-target",
+        type=lambda text: text if text == "resnext" else float(text),
+        metavar="T",
+        help="largest share of a dense network's connections, or resnext for the share that a ResNeXt has",
+    )
 
     convert = commands.add_parser(
         "convert",
@@ -142,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[weights],
         help="print the groups that a checkpoint has learned, or the groups over the checkpoints of a run",
         description="Print the groups of each layer and their cost, and compare with dense layers and with a ResNeXt. "
-        "For several checkpoints, print the groups of each layer and the density over the checkpoints.",
+        "For several checkpoints, print the groups of each layer and the density over the checkpoints. No code in a "
+        "checkpoint is executed.",
     )
     inspect.set_defaults(run=_inspect)
     add = inspect.add_argument
@@ -154,6 +207,27 @@ def _parser() -> argparse.ArgumentParser:
     layers_help = "layers in the plot (default: the first layer of each stage for one checkpoint, all for several)"
     add("--layers", nargs="+", default=[], metavar="NAME", help=layers_help)
     add("--img-size", type=int, metavar="N", help="side in pixels of the image for which multiply-adds are counted")
+    add("--costs", metavar="FILE", help="print the costs in this table, too, which measure has written")
+
+    measure = commands.add_parser(
+        "measure",
+        parents=[builds],
+        help="measure the layers of a model on this device, for a target in milliseconds",
+        description="Measure each layer with every number of groups, as it is deployed, and the whole dense network. "
+        "Write a table for complexity_unit. An idle machine gives the best table.",
+    )
+    measure.set_defaults(run=_measure)
+    add = measure.add_argument
+    add("--model", required=True, metavar="NAME", help="model, such as g_resnet50")
+    add("--out", required=True, type=Path, metavar="FILE", help="JSON file to write")
+    add("--device", default="cpu", help="torch device (default: %(default)s)")
+    add("--batch-size", type=int, default=1, metavar="N", help="number of images (default: %(default)s)")
+    add(
+        "--runtime", default="eager", metavar="R", help="eager, compile, onnxruntime or openvino (default: %(default)s)"
+    )
+    add("--img-size", type=int, metavar="N", help="side of the images in pixels (default: that of the model)")
+    add("--rounds", type=int, default=30, metavar="N", help="measurements of each case (default: %(default)s)")
+    add("--channels-last", action="store_true", help="use the memory format channels_last")
     return parser
 
 

@@ -45,7 +45,8 @@ def draw(what: GroupReport | GroupHistory, path: Path, layers: Sequence[str] = (
 
     For one model, or a history of one checkpoint, the figure shows the number of groups per layer, with the ResNeXt's,
     and the connectivity of some layers: by default of the first layer of each stage, at most four. For several
-    checkpoints it shows the number of groups per layer over the checkpoints, by default of all layers, and the density.
+    checkpoints it shows the number of groups per layer over the checkpoints, by default of all layers, and the shares
+    of the dense network's connections, multiply-adds and measured cost.
 
     Args:
         what: The report to draw.
@@ -79,8 +80,8 @@ def _model(report: GroupReport, names: Sequence[str]) -> Any:
             stages.setdefault(layer.stage or layer.name, layer)
         shown = list(stages.values() if len(stages) > 1 else report.layers)[:4]
     rows = -(-len(shown) // 4)
-    figure = Figure(figsize=(_WIDTH, 2.6 + 2.15 * rows), layout="constrained")
-    panels: Any = figure.subfigures(2, 1, height_ratios=[2.6, 2.15 * rows])
+    figure = Figure(figsize=(_WIDTH, 2.8 + 2.15 * rows), layout="constrained")
+    panels: Any = figure.subfigures(2, 1, height_ratios=[2.8, 2.15 * rows])
     above, below = panels
     _depth(above.subplots(), report)
     axes = below.subplots(rows, 4, squeeze=False).flatten()
@@ -124,7 +125,8 @@ def _depth(axis: Any, report: GroupReport) -> None:
         names, label = [layer.name.split(".")[-2] for layer in layers], "block"
     else:
         names, label = [layer.name for layer in layers], "layer"
-    axis.set_xlabel(label)
+    shares = ", ".join(f"{name} {100 * share:.2f} %" for name, share in report.shares.items())
+    axis.set_xlabel(f"{label}\n{shares} of dense")
     axis.set_xticks(places, names)
     axis.tick_params(axis="x", rotation=90 if max(map(len, names)) + 0.5 > room else 0)
     handles, labels = axis.get_legend_handles_labels()
@@ -157,7 +159,7 @@ def _matrix(axis: Any, layer: LayerReport) -> Any:
 
 
 def _history(history: GroupHistory, names: Sequence[str]) -> Any:
-    """Draw the groups of every layer over the checkpoints, and the density below."""
+    """Draw the groups of every layer over the checkpoints, and the shares of the dense network's costs below."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
 
@@ -194,12 +196,14 @@ def _history(history: GroupHistory, names: Sequence[str]) -> Any:
     bar.ax.tick_params(length=0)
 
     places = [n + 0.5 for n in range(count)]
-    below.plot(places, [100 * report.density for report in history.reports], marker="o", markersize=3, **_LINE)
+    for name, marker in zip(history.reports[0].shares, "osx", strict=False):
+        shares = [100 * report.shares[name] for report in history.reports]
+        below.plot(places, shares, marker=marker, markersize=3, label=name, **_LINE)
     fixed = history.reports[0].resnext_density
     if fixed is not None:
-        below.axhline(100 * fixed, linestyle="--", label="ResNeXt", **_LINE)
-        below.legend(frameon=False)
-    below.set(ylabel="connections,\n% of dense", xlim=(0, count), xlabel=history.axis)
+        below.axhline(100 * fixed, linestyle="--", label="connections of a ResNeXt", **_LINE)
+    below.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+    below.set(ylabel="% of dense", xlim=(0, count), xlabel=history.axis)
     below.set_ylim(0, 1.05 * max(below.get_ylim()))
     every = math.ceil((2 * _CHARACTER if upright else room) / column)  # one label per so many checkpoints
     below.set_xticks(places[::every], history.labels[::every])

@@ -1,23 +1,21 @@
 """Reports of the learned groups: per layer the groups and their cost, for one model or for the checkpoints of a run."""
 
-import copy
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.g_resnet import GResNet
 from timm_dgconv.models.group_net import GroupFeatureListNet, group_layers
+from timm_dgconv.ops import algebra
 from timm_dgconv.ops.naive import connectivity
+from timm_dgconv.optim.cost import CostTable, read_costs
+from timm_dgconv.tracing import image_size, setting, trace
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,7 @@ class GroupReport:
         learned: Cost of the whole network with these groups, in the compact form.
         dense: Cost of the whole network with one group in each of these layers.
         resnext: Cost of the ResNeXt with the same widths, or None if a layer is outside of a G-ResNeXt.
+        costs: Measured costs of the network, or None.
     """
 
     model: str
@@ -98,6 +97,7 @@ class GroupReport:
     learned: Cost
     dense: Cost
     resnext: Cost | None
+    costs: CostTable | None = None
 
     @property
     def complexity(self) -> int:
@@ -108,6 +108,14 @@ class GroupReport:
     def density(self) -> float:
         """Connected share of all channel pairs of these layers."""
         return self.complexity / self._connections(1 for _ in self.layers)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of the dense network: of the connections, of the multiply-adds, and of the measured cost if known."""
+        shares = {"connections": self.density, "multiply-adds": self.learned.macs / self.dense.macs}
+        if self.costs is not None:
+            shares[f"measured {self.costs.unit}"] = self.costs.total(self._closed) / self.costs.dense
+        return shares
 
     @property
     def resnext_density(self) -> float | None:
@@ -146,16 +154,41 @@ class GroupReport:
             groups = (str(layer.groups), str(layer.channels_per_group))
             rows.append([layer.name, _channels(layer), resolution, *groups, layer.bits or "-", *params, *macs])
         params, macs = _cells(self.learned, self.dense, self.resnext)
-        fixed = {layer.resnext_groups for layer in self.layers} - {None}
+        fixed = {layer.resnext_groups for layer in self.layers} - {None, 1}
         densities = (self.density, 1.0, self.resnext_density)
+        shares = (
+            None if cost is None else cost.macs / self.dense.macs for cost in (self.learned, self.dense, self.resnext)
+        )
         whole = [
             ["whole network", "learned", "dense", f"ResNeXt, {fixed.pop()} groups" if len(fixed) == 1 else "ResNeXt"],
             ["parameters", *params],
             ["multiply-adds (MACs), M", *macs],
-            ["connections, % of dense", *("-" if density is None else f"{100 * density:.2f}" for density in densities)],
+            ["multiply-adds, % of dense", *map(_percent, shares)],
+            ["connections, % of dense", *map(_percent, densities)],
         ]
         title = f"{self.model}, input {' x '.join(map(str, self.input_size))}"
-        return f"{title}\n\n{_align(rows)}\n\n{_align(whole)}"
+        return "\n\n".join(
+            [title, _align(rows), _align(whole), *([] if self.costs is None else [self._measured(self.costs)])]
+        )
+
+    @property
+    def _closed(self) -> list[int]:
+        return [layer.groups.bit_length() - 1 for layer in self.layers]
+
+    def _measured(self, costs: CostTable) -> str:
+        """Return a table of the measured costs."""
+        closed = self._closed
+        entries = zip(costs.names, costs.tables, closed, strict=True)
+        rows = [[name, *(f"{value:.3f}" for value in (table[m], table[0]))] for name, table, m in entries]
+        totals = (costs.total(closed), costs.dense)
+        return _align(
+            [
+                [f"measured, {costs.unit}", "learned", "dense"],
+                *rows,
+                ["whole network", *(f"{value:.3f}" for value in totals)],
+                ["% of dense", *(_percent(value / costs.dense) for value in totals)],
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +225,7 @@ class GroupHistory:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One label per checkpoint: its epoch, otherwise the name of its file, or its source if names are ambiguous."""
+        """The epochs. If a checkpoint has none, the names of the files, or the sources if names are ambiguous."""
         if self.axis == "epoch":
             return tuple(map(str, self.epochs))
         names = tuple(Path(source).name for source in self.sources)
@@ -214,11 +247,14 @@ class GroupHistory:
         rows = [["layer", "channels", *self.labels]]
         for layer, *later in zip(*(report.layers for report in self.reports), strict=True):
             rows.append([layer.name, _channels(layer), str(layer.groups), *(str(other.groups) for other in later)])
-        densities = ["connections, % of dense", "", *(f"{100 * report.density:.2f}" for report in self.reports)]
-        return f"{first.model}, groups by {self.axis}\n\n{_align([*rows, densities])}"
+        for name in first.shares:
+            rows.append([f"{name}, % of dense", "", *(_percent(report.shares[name]) for report in self.reports)])
+        return f"{first.model}, groups by {self.axis}\n\n{_align(rows)}"
 
 
-def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> GroupReport:
+def group_report(
+    model: nn.Module, input_size: tuple[int, int, int] | None = None, costs: str | None = None
+) -> GroupReport:
     """Report the groups of every layer of a model and their cost, and compare with dense layers and with a ResNeXt.
 
     torch.utils.flop_counter.FlopCounterMode counts multiply-adds in evaluation mode, on a copy of the model on the meta
@@ -227,13 +263,15 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
     Args:
         model: A G-ResNeXt, learnable or compact, a wrapper around one, or any module with DGConv2d layers.
         input_size: Channels, height and width of the image. The default is the input size of the pretrained_cfg.
+        costs: Path of a JSON file with measured costs, see `timm_dgconv.cost_table`.
 
     Returns:
         The report. ``print`` shows it as a table.
 
     Raises:
         TypeError: If `input_size` is not three integers.
-        ValueError: If the model has no such layer or no known input size, or does not run on such an image.
+        ValueError: If the model has no such layer or no known input size, does not run on such an image, or if `costs`
+            is not a table of this model.
         RuntimeError: If a gate is nan or has no value in this process.
 
     Examples:
@@ -248,13 +286,13 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
             f"{type(model).__name__} has no DGConv2d and is no model of this package, so it has no groups to report; "
             "build a model with timm.create_model('g_resnext50'), or use timm_dgconv.groupable on yours"
         )
-    size = _input_size(model, input_size)
-    whole_macs, all_outputs = trace(model, size)
+    size = image_size(model, input_size)
+    traced = trace(model, size)
     cardinalities = _cardinalities(model)
     layers = []
-    rest = Cost(sum(parameter.numel() for parameter in model.parameters()), whole_macs)  # of all but these layers
+    rest = Cost(sum(parameter.numel() for parameter in model.parameters()), traced.macs)  # of all but these layers
     for name, conv in convs.items():
-        outputs, fixed = all_outputs[name], cardinalities.get(name)
+        outputs, fixed = traced.outputs[name], cardinalities.get(name)
         macs = sum(output.numel() for output in outputs) * conv.weight[0].numel()
         rest += Cost(-sum(parameter.numel() for parameter in conv.parameters()), -macs)
         bits = None
@@ -271,88 +309,35 @@ def group_report(model: nn.Module, input_size: tuple[int, int, int] | None = Non
         )
     resnexts = [layer.resnext for layer in layers if layer.resnext is not None]
     return GroupReport(
-        _setting(model, "architecture") or type(model).__name__,
+        setting(model, "architecture") or type(model).__name__,
         size,
         tuple(layers),
         sum((layer.learned for layer in layers), rest),
         sum((layer.dense for layer in layers), rest),
         sum(resnexts, rest) if len(resnexts) == len(layers) else None,
+        None if costs is None else _read_costs(costs, layers),
     )
 
 
+def _read_costs(path: str, layers: Sequence[LayerReport]) -> CostTable:
+    bits = {layer.name: algebra.num_bits(layer.in_channels, layer.out_channels) for layer in layers}
+    for layer in layers:
+        if layer.groups not in [1 << m for m in range(bits[layer.name] + 1)]:
+            raise ValueError(
+                f"{layer.name} has {layer.groups} groups, which no table of costs has; leave the costs out"
+            )
+    return read_costs(path, bits)
+
+
 def _cardinalities(model: nn.Module) -> dict[str, int]:
-    """Return the number of groups in the ResNeXt with the same widths, for all modules of a G-ResNeXt."""
+    """Return the number of groups in the ResNeXt with the same widths, for all convolutions of a G-ResNeXt."""
     return {
-        name: net.cardinality
+        name: net.cardinality if max(conv.kernel_size) > 1 else 1
         for prefix, net in model.named_modules()
         if isinstance(net, GResNet | GroupFeatureListNet) and net.cardinality > 1
-        for name, _ in net.named_modules(prefix=prefix)
+        for name, conv in net.named_modules(prefix=prefix)
+        if isinstance(conv, nn.Conv2d)
     }
-
-
-def _setting(model: nn.Module, key: str) -> Any:
-    """Return the first value of this key in a pretrained_cfg of the model or of a module inside, or None."""
-    cfgs = (getattr(module, "pretrained_cfg", None) or {} for module in model.modules())
-    return next((cfg[key] for cfg in cfgs if cfg.get(key)), None)
-
-
-def _input_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int, int]:
-    default = _setting(model, "input_size")
-    if given is None and default is None:
-        raise ValueError(
-            f"{type(model).__name__} has no pretrained_cfg with an input size; use group_report(model, "
-            "input_size=(channels, height, width))"
-        )
-    if given is None:
-        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        given = (first.in_channels, *default[1:])  # in_chans of timm.create_model does not change the cfg
-    if not isinstance(given, Sequence) or not all(type(number) is int for number in given):
-        raise TypeError(f"input_size={given!r} must be three integers, (channels, height, width)")
-    if len(given) != 3 or min(given) < 1:
-        raise ValueError(f"input_size={given!r} must be three positive integers, (channels, height, width)")
-    return given[0], given[1], given[2]
-
-
-def trace(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, dict[str, list[Tensor]]]:
-    """Run a copy of a model on the meta device on an image of this size: channels, height and width.
-
-    Returns:
-        The number of multiply-adds with the stored weights, and the outputs of convolutions and linear layers by name,
-        on the meta device.
-
-    Raises:
-        ValueError: If the model does not run on such an image.
-    """
-    net = _without_data(model)
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
-    names = {module: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
-    for module in names:
-        module.register_forward_hook(lambda module, inputs, output: outputs[names[module]].append(output))
-    dtype = next(net.parameters()).dtype
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter:
-            net(torch.empty(1, *size, device="meta", dtype=dtype))
-    except Exception as error:  # any exception of the user's modules
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; use an "
-            "input_size=(channels, height, width) that it takes"
-        ) from error
-    return counter.get_total_flops() // 2, outputs
-
-
-def _without_data(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device in evaluation mode, without the user's hooks."""
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
-    result = copy.deepcopy(model, memo).eval()
-    for module in result.modules():
-        for hooks in (getattr(module, name) for name in _compat.HOOKS):
-            # A function would see this run. timm's FeatureHookNet needs its bound methods, which deepcopy copies.
-            for key in [key for key, hook in hooks.items() if isinstance(hook, FunctionType)]:
-                del hooks[key]
-    return result
 
 
 def _network(report: GroupReport) -> tuple[Any, ...]:
@@ -370,6 +355,10 @@ def _cells(*costs: Cost | None) -> tuple[list[str], list[str]]:
     """Return parameters and multiply-adds in millions as text."""
     params = ["-" if cost is None else f"{cost.params:,}" for cost in costs]
     return params, ["-" if cost is None else f"{cost.macs / 1e6:,.2f}" for cost in costs]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,8 @@ from timm_dgconv.hub.model import BASELINE, RESNEXT_PAPER
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.base_models import BASE_MODELS, FAMILIES, family
 from timm_dgconv.models.group_net import layer_groups
-from timm_dgconv.report import GroupReport, trace
+from timm_dgconv.report import GroupReport
+from timm_dgconv.tracing import trace
 
 
 def fixed_groups(model: nn.Module) -> list[int]:
@@ -23,10 +24,10 @@ def fixed_groups(model: nn.Module) -> list[int]:
 
 def _stats(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, str]:
     """Return counts for one image with their units."""
-    macs, outputs = trace(model, input_size)
+    traced = trace(model, input_size)
     params = sum(parameter.numel() for parameter in model.parameters())
-    activations = sum(output.numel() for found in outputs.values() for output in found)
-    numbers = {"Params (M)": params / 1e6, "GMACs": macs / 1e9, "Activations (M)": activations / 1e6}
+    activations = sum(output.numel() for found in traced.outputs.values() for output in found)
+    numbers = {"Params (M)": params / 1e6, "GMACs": traced.macs / 1e9, "Activations (M)": activations / 1e6}
     return {name: f"{number:.1f}" for name, number in numbers.items()}
 
 
@@ -67,8 +68,9 @@ def model_card(
         details["Original"] = cfg["origin_url"]
     if name in _CHECKPOINTS:
         details["Original checkpoint"] = _CHECKPOINTS[name]
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
     content = {
-        "tags": ["image-classification", "timm", *([] if name == BASELINE else ["timm-dgconv"])],
+        "tags": [task, "timm", *([] if name == BASELINE else ["timm-dgconv"])],
         "license": cfg.get("license") or "unknown",
         "description": _description(name, groups) + ("" if report is None else _groups(report, figure)),
         "details": details,
@@ -77,7 +79,7 @@ def model_card(
     }
     if name == BASELINE or tag == "dgconv_in1k":
         content["comparison"] = _COMPARISON
-    return _compat.timm_hub().generate_readme(content, name)
+    return _compat.generate_readme(content, name, task)
 
 
 def _description(name: str, groups: list[int]) -> str:
@@ -121,13 +123,14 @@ def _groups(report: GroupReport, figure: str | None) -> str:
         f"The layers keep {100 * report.density:.1f} % of the connections of dense layers. The whole network has "
         f"{', '.join(wholes[:-1])}, and {wholes[-1]}.",
         "",
-        "| layer | channels | groups | parameters | with one group |",
-        "|---|---|---|---|---|",
+        "| layer | channels | groups | parameters | with one group | MACs, M | with one group |",
+        "|---|---|---|---|---|---|---|",
     ]
     for layer in report.layers:
         channels = f"{layer.in_channels} -> {layer.out_channels}"
         params = f"{layer.learned.params:,} | {layer.dense.params:,}"
-        lines.append(f"| {layer.name} | {channels} | {layer.groups} | {params} |")
+        macs = f"{layer.learned.macs / 1e6:.2f} | {layer.dense.macs / 1e6:.2f}"
+        lines.append(f"| {layer.name} | {channels} | {layer.groups} | {params} | {macs} |")
     if figure is not None:
         lines += ["", f"![groups]({figure})"]
     return "\n\n" + "\n".join(lines)
@@ -146,6 +149,7 @@ def _usage(model: Any, name: str) -> str:
         ("Feature Map Extraction", "\n    features_only=True,", _FEATURE_MAPS.format(feature_maps)),
         ("Image Embeddings", "\n    num_classes=0,  # remove classifier nn.Linear", _EMBEDDINGS.format(shapes[-1])),
     ]
+    examples = examples if model.num_classes else examples[1:]
     grey = '.convert("L")' if channels == 1 else ""
     install = "" if name == BASELINE else "```bash\npip install timm-dgconv  # timm then knows the model\n```\n\n"
     return install + "\n".join(_EXAMPLE.format(heading, grey, name, *code) for heading, *code in examples)

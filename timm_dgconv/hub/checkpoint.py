@@ -5,15 +5,12 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
+import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
-from timm.models import load_state_dict
 from torch import Tensor
 
 from timm_dgconv import _compat
@@ -21,7 +18,10 @@ from timm_dgconv.hub.errors import hub_errors, one_line
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """Names of the files in a folder and on the Hub."""
-_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".tar")
+_ALL_WEIGHTS = (WEIGHTS, "pytorch_model.bin")
+_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")
+_AVERAGES = ("state_dict_ema", "model_ema")
+SAVE = "use a file that torch.save(model.state_dict(), FILE) wrote"
 
 
 class TrainingInfo(NamedTuple):
@@ -44,79 +44,85 @@ def fetch(source: str) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    if not path.is_dir():
-        hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
-        if path.exists() or hub_id is None or source.endswith(_SUFFIXES):
-            raise ValueError(f"{source} is not a file; use a checkpoint file or a Hub id OWNER/NAME[@REVISION]")
-        with hub_errors():
-            path = Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=[CONFIG, WEIGHTS]))
-    if not (path / WEIGHTS).is_file():
-        raise ValueError(f"{source} has no {WEIGHTS}; use a checkpoint, or a folder that timm-dgconv convert wrote")
-    return path / WEIGHTS
+    hub_id = re.fullmatch(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(.+))?", source)
+    if not path.is_dir() and (path.exists() or hub_id is None or source.endswith(_SUFFIXES)):
+        raise ValueError(f"{source} is not a file; use a checkpoint file or a Hub id OWNER/NAME[@REVISION]")
+    for weights in _ALL_WEIGHTS:
+        folder = path
+        if not path.is_dir() and hub_id is not None:
+            with hub_errors():
+                folder = Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=[CONFIG, weights]))
+        if (folder / weights).is_file():
+            return folder / weights
+    raise ValueError(f"{source} has no {' or '.join(_ALL_WEIGHTS)}; use the path of a checkpoint file")
 
 
-def read_state_dict(path: Path, source: str, use_ema: bool) -> dict[str, Tensor]:
-    """Read the state dict of a checkpoint file, whose name in error messages is `source`.
+def read(path: Path, source: str, use_ema: bool) -> tuple[dict[str, Tensor], TrainingInfo]:
+    """Read the state dict of a checkpoint file, whose name in error messages is `source`, and what is beside it.
 
     Raises:
-        ValueError: If the file would run code, is truncated, or has no state dict, or if a gate in it is nan.
+        ValueError: If the file would run code, is truncated, or has no state dict, if a gate in it is nan, or if the
+            config.json of its folder is not a model of timm.
     """
     try:
-        with _safe_loading():
-            state_dict: dict[str, Tensor] = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+        # timm's train.py stores an argparse.Namespace.
+        safe, quiet = torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings()
+        with path.open("rb") as file, safe, quiet:
+            warnings.simplefilter("ignore")
+            if file.read(9)[8:] == b"{":  # eight bytes of length, then JSON
+                checkpoint: Any = safetensors.torch.load_file(path)
+            else:
+                file.seek(0)
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise almost any exception for arbitrary bytes
         raise ValueError(f"{source} {_why_unreadable(path, error)}") from error
-    if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{source} has no state dict; use a checkpoint that timm can load")
-    for name, value in state_dict.items():
+    if not isinstance(checkpoint, dict):
+        checkpoint = {}
+    found = {name: value for name, value in {"": checkpoint, **checkpoint}.items() if _is_state_dict(value)}
+    preferred = [name for name in (*(_AVERAGES if use_ema else ()), "state_dict", "model") if name in found]
+    names = preferred[:1] or [name for name in found if name not in _AVERAGES]
+    if len(names) != 1:
+        has = f"several state dicts, {one_line(', '.join(map(str, names)))}" if names else "no state dict"
+        raise ValueError(f"{source} has {has}; {SAVE}")
+    for name, value in found[names[0]].items():
         if name.endswith((".gate", ".sorted_gate", ".unsorted_gate")) and value.isnan().any():
             raise ValueError(f"{source} has nan gates in {one_line(name)}; use an earlier checkpoint")
-    return state_dict
+    return found[names[0]], _training_info(source, path, checkpoint)
+
+
+def _is_state_dict(value: Any) -> bool:
+    is_filled = isinstance(value, dict) and bool(value)
+    return is_filled and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
-    while error.__cause__ is not None:  # timm wraps some exceptions
-        error = error.__cause__
+    said = one_line(error).split(". ")[0]  # without torch's advice to load it with weights_only=False
+    with path.open("rb") as file:
+        head = file.read(19)
+    if head == b"version https://git":
+        return "is a pointer of Git LFS; get the file itself with git lfs pull"
     if isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        with path.open("rb") as file:
-            is_pickle = file.read(1) == b"\x80" or zipfile.is_zipfile(path)
-        if name is not None or is_pickle:
-            return f"would run {name[1] if name else 'code'} when it is loaded; refused, not executed: use a state dict"
-        return "is not a checkpoint"  # without torch's advice to load it with weights_only=False
+        if name is not None or head[:1] == b"\x80" or zipfile.is_zipfile(path):
+            return f"would run {name[1] if name else 'code'} when it is loaded; refused, not executed: {SAVE}"
+        return f"is not a checkpoint; {SAVE}"
     if isinstance(error, EOFError | safetensors.SafetensorError) or re.search("PytorchStreamReader|EOF", str(error)):
-        return f"is truncated or damaged: {one_line(error)}"
-    return f"is not a checkpoint: {one_line(error)}"
+        return f"is truncated or damaged: {said}"
+    return f"is not a checkpoint: {said}; {SAVE}"
 
 
-def read_training_info(source: str, path: Path) -> TrainingInfo:
-    """Read what timm stores beside the weights. Other checkpoints have nothing there.
-
-    Raises:
-        ValueError: If the config.json of a folder or repository is not a model of timm.
-    """
+def _training_info(source: str, path: Path, checkpoint: dict[str, Any]) -> TrainingInfo:
     if not Path(source).is_file() and (path.parent / CONFIG).is_file():
         try:
-            data_args, _, model_kwargs = _compat.timm_hub().load_model_config_from_path(path.parent)
+            data_args, _, model_kwargs = _compat.load_model_config_from_path(path.parent)
             return TrainingInfo(None, dict(model_kwargs), dict(data_args))
         except Exception as error:  # any exception of timm for a file that users edit
             raise ValueError(
-                f"{source} has a {CONFIG} that timm cannot read: {one_line(error)}; use its {WEIGHTS} alone"
+                f"{source} has a {CONFIG} that timm cannot read: {one_line(error)}; use its {path.name} alone"
             ) from error
-    with _safe_loading(), suppress(Exception):
-        # mmap does not read the tensors. Files from before torch 1.6 are not zip archives and cannot be mapped.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        epoch, args = checkpoint.get("epoch"), vars(checkpoint.get("args", argparse.Namespace()))
-        model_kwargs = dict(args.get("model_kwargs") or {})
-        if args.get("gp") is not None:
-            model_kwargs.setdefault("global_pool", args["gp"])
-        return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs, args)
-    return TrainingInfo(None, {}, {})
-
-
-@contextmanager
-def _safe_loading() -> Iterator[None]:
-    """Allow the argparse.Namespace that timm's train.py stores, which timm < 1.0.26 does not, and ignore warnings."""
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    epoch, args = checkpoint.get("epoch"), checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
+    model_kwargs = dict(args["model_kwargs"]) if isinstance(args.get("model_kwargs"), dict) else {}
+    if args.get("gp") is not None:
+        model_kwargs.setdefault("global_pool", args["gp"])
+    return TrainingInfo(epoch if type(epoch) is int else None, model_kwargs, args)

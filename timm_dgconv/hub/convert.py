@@ -103,7 +103,7 @@ def reload(folder: Path) -> nn.Module:
     if tuple(int(number) for number in re.findall(r"\d+", timm.__version__)[:3]) >= (1, 0, 26):
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     # timm < 1.0.26 reads the safetensors file in a folder as a pickle, and a safetensors file by its path correctly.
-    cfg, architecture, model_args = _compat.timm_hub().load_model_config_from_path(folder)
+    cfg, architecture, model_args = _compat.load_model_config_from_path(folder)
     cfg = {**cfg, "source": None, "file": str(folder / WEIGHTS)}
     return timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, **model_args)
 
@@ -140,10 +140,12 @@ def _describe(model: nn.Module, folder: Path, model_kwargs: Mapping[str, Any] | 
     elif not all(getattr(layer, "sort", True) for layer in layers):
         args["sort"] = False  # loaders that go by names need a model with these names
     path = folder / CONFIG
-    _compat.timm_hub().save_config_for_hf(model, path, model_args=args or None)
+    _compat.save_config_for_hf(model, path, model_args=args or None)
     config = json.loads(path.read_text(encoding="utf-8"))
     # timm >= 1.0.31 stores the number of classes twice, and transformers fails if it is in `model_args`.
     config.get("model_args", {}).pop("num_classes", None)
+    labels = {"label_names", "label_descriptions"} & set(config["pretrained_cfg"])
+    config |= {name: config["pretrained_cfg"].pop(name) for name in labels}  # where transformers reads them, too
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     report = figure = None
     if any(not layer.weight.is_meta for layer in layers):

@@ -17,14 +17,15 @@ def inspect(
     image_size: int | None = None,
     layers: Sequence[str] = (),
     model_kwargs: Mapping[str, Any] | None = None,
+    costs: str | None = None,
 ) -> GroupHistory:
     """Report the groups in the checkpoints of one run. No code in them is executed.
 
     The arguments are those of ``timm-dgconv inspect``. Checkpoints that all have an epoch are sorted by it.
 
     Raises:
-        ValueError: If a model or layer is unknown, a source is not a checkpoint of the model, or the checkpoints are of
-            different networks.
+        ValueError: If a model or layer is unknown, a source is not a checkpoint of the model, the checkpoints are of
+            different networks, or `costs` is not a table of the model.
         RuntimeError: If the Hub does not return a source.
     """
     architecture = model_name.partition(".")[0]
@@ -39,7 +40,7 @@ def inspect(
         checkpoint = Checkpoint(source, architecture, cfg, use_ema, model_kwargs)
         model = checkpoint.load_groups()
         in_chans, height, width = timm.data.resolve_model_data_config(model)["input_size"]
-        report = group_report(model, (in_chans, image_size or height, image_size or width))
+        report = group_report(model, (in_chans, image_size or height, image_size or width), costs)
         report.select(layers)
         entries.append((report, source, checkpoint.epoch))
     if all(epoch is not None for *_, epoch in entries):  # a shell sorts checkpoint-10 before checkpoint-2

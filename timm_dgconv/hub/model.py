@@ -1,6 +1,7 @@
 """The model of a checkpoint: its architecture, and the model with its weights."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs
-from torch import nn
+from torch import Tensor, nn
 
-from timm_dgconv.hub.checkpoint import fetch, read_state_dict, read_training_info
+from timm_dgconv.hub.checkpoint import SAVE, fetch, read
 from timm_dgconv.hub.errors import one_line
 from timm_dgconv.layers.checkpoints import GATE_NAMES
 from timm_dgconv.layers.dgconv import DGConv2d
@@ -21,6 +22,12 @@ BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
 
 RESNEXT_PAPER = ("Aggregated Residual Transformations for Deep Neural Networks", "arXiv:1611.05431")
+
+_NO_NETWORK_ARGS = {*TRAINING_ARGS, "in_chans", "num_classes", *inspect.signature(timm.create_model).parameters}
+"""Arguments that do not change the network of a checkpoint: the weights tell the number of channels and classes."""
+
+_LAYER = re.compile(r"(|.*\.)(?:layer\d\.\d+|features\.denseblock\d\.denselayer\d+)\.conv2\.(?:conv\.)?weight")
+"""The name of a layer that learns its groups, after the prefix that a wrapper adds."""
 
 
 def resolve(model_name: str) -> tuple[str, Any]:
@@ -44,7 +51,7 @@ def resolve(model_name: str) -> tuple[str, Any]:
     return architecture, cfg
 
 
-def create(architecture: str, cfg: Any, num_classes: int, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
+def create(architecture: str, cfg: Any, /, num_classes: int, in_chans: int = 3, **model_kwargs: Any) -> nn.Module:
     """Create a model without weights.
 
     Raises:
@@ -63,7 +70,9 @@ def create(architecture: str, cfg: Any, num_classes: int, in_chans: int = 3, **m
 
 
 def _with_data_args(cfg: Any, args: dict[str, Any]) -> Any:
-    """Return a pretrained_cfg with the data settings of a training."""
+    """Return a pretrained_cfg with the data settings of a training, and the labels and license of a config.json."""
+    names = ("label_names", "label_descriptions", "license")
+    cfg = dataclasses.replace(cfg, **{name: args.get(name) for name in names if getattr(cfg, name) is None})
     try:
         data_config = timm.data.resolve_data_config(args, pretrained_cfg=cfg.to_dict())
     except (AssertionError, TypeError):  # arguments of another script than timm's
@@ -87,14 +96,14 @@ class Checkpoint:
         self, source: str, architecture: str, cfg: Any, use_ema: bool, model_kwargs: Mapping[str, Any] | None
     ) -> None:
         self.source, self.architecture = source, architecture
-        path = fetch(source)
-        self.state_dict = read_state_dict(path, source, use_ema)
-        info = read_training_info(source, path)
+        if vain := [f"{name}={value}" for name, value in (model_kwargs or {}).items() if name in _NO_NETWORK_ARGS]:
+            raise ValueError(f"{', '.join(vain)} does not change the network of a checkpoint; leave it out")
+        state_dict, info = read(fetch(source), source, use_ema)
         self.cfg = _with_data_args(cfg, info.data_args)
         self.epoch = info.epoch
-        self.model_kwargs = {**info.model_kwargs, **(model_kwargs or {})}
-        for name in (*TRAINING_ARGS, "in_chans", "num_classes"):  # the weights tell the last two
-            self.model_kwargs.pop(name, None)
+        self.state_dict = self._unwrap({name.replace("_orig_mod.", ""): value for name, value in state_dict.items()})
+        args = {**info.model_kwargs, **(model_kwargs or {})}.items()
+        self.model_kwargs = {k: value for k, value in args if k not in _NO_NETWORK_ARGS and value is not None}
         if any(name.endswith((".in_order", ".out_order")) for name in self.state_dict):
             raise ValueError(
                 f"{source} is the compact form of timm-dgconv 0.2 with orders of channels, which later versions do not "
@@ -103,6 +112,25 @@ class Checkpoint:
         if self.model_kwargs.get("sort") is True:  # timm-dgconv 0.2 had one name for both readings of gates
             gates = re.compile(r"(^|\.)gate$")
             self.state_dict = {gates.sub(r"\1sorted_gate", name): value for name, value in self.state_dict.items()}
+
+    def _unwrap(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the network without the prefix of DistributedDataParallel, Lightning and others.
+
+        What a wrapper has beside a whole network is left out: a loss, or the counter of torch's AveragedModel.
+
+        Raises:
+            ValueError: If there are several networks, or if a wrapper has its own classifier.
+        """
+        prefixes = sorted({match[1] for match in map(_LAYER.fullmatch, state_dict) if match})
+        if not any(prefixes):
+            return state_dict
+        prefix = prefixes[0]
+        if prefixes[1:]:
+            raise ValueError(f"{self.source} has several networks, {one_line(', '.join(prefixes))}; {SAVE}")
+        beside = [one_line(name) for name in state_dict if not name.startswith(prefix)]
+        if beside and f"{prefix}{self.cfg.classifier}.weight" not in state_dict:
+            raise ValueError(f"{self.source} has {beside[0]}, and no classifier in {one_line(prefix)}*; {SAVE}")
+        return {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
 
     def load(self) -> nn.Module:
         """Return the model with the weights of the checkpoint.
@@ -143,6 +171,6 @@ class Checkpoint:
         head = self.state_dict.get(f"{self.cfg.classifier}.weight")
         first = self.cfg.first_conv.removesuffix(".0")  # timm names the first of three convolutions conv1.0
         stem = self.state_dict.get(f"{first}.weight", self.state_dict.get(f"{first}.0.weight"))
-        num_classes = self.cfg.num_classes if head is None or head.ndim != 2 else len(head)
+        num_classes = 0 if head is None else self.cfg.num_classes if head.ndim != 2 else len(head)
         in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
         return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)

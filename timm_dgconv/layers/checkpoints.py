@@ -23,7 +23,8 @@ from timm_dgconv.ops.grouped import diagonal_blocks
 PRETRAINED_GATE = 0.01
 """Distance from zero of the gates of a loaded group convolution.
 
-At this distance fine-tuning flips no gate in the first epoch, and some later (benchmarks/results/gate_margin.md).
+It is the smallest tested distance at which fine-tuning flips no gate in the first epoch and some gates later. At
+the initial distance of 1e-8 the first step flips half of the gates (benchmarks/results/gate_margin.md).
 """
 
 INITIAL_GATE = 1e-8
@@ -63,12 +64,14 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
                 "was saved from"
             )
         layer.set_sort(sort)
+        layer.gates_are_new = False
     weight = state_dict.get(f"{prefix}weight")
     if not found and isinstance(weight, Tensor):
         # The weight of a DGConv2d has the shape of a convolution with one group, and may stand for itself: in a shard,
         # or beside frozen gates that were not saved. So it opens gates only if they have nothing to lose.
         gate = layer.gate
-        can_open = gate.requires_grad and (gate.is_meta or bool((gate.abs() <= INITIAL_GATE).all()))
+        is_new = layer.gates_are_new and (gate.is_meta or bool((gate.abs() <= INITIAL_GATE).all()))
+        can_open = gate.requires_grad and is_new
         are_open = gate.requires_grad and not can_open and not bool(closed_gates(gate).any())
         if weight.shape == layer.weight.shape and not can_open:
             state_dict |= {f"{prefix}{GATE_NAMES[layer.sort]}": gate.detach()} if are_open else {}
@@ -81,8 +84,12 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
 def from_conv(layer: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the dense weight and the gates with which a DGConv2d computes the same as a convolution.
 
-    The weight of the convolution has shape (C_out, C_in / groups, kernel height, kernel width). The connections between
-    groups keep the values of the layer, since zeros would give a closed gate no gradient.
+    The gates are `PRETRAINED_GATE` away from zero. The connections between groups keep the values of the layer, since
+    zeros would give a closed gate no gradient.
+
+    Args:
+        layer: The DGConv2d.
+        weight: Weight of the convolution, of shape (C_out, C_in / groups, kernel height, kernel width).
 
     Raises:
         ValueError: If the shape does not fit, or if the layer cannot have as many groups.

@@ -99,8 +99,18 @@ class DGConv2d(nn.Conv2d):
                 f"torch.nn.Conv2d(..., groups={groups!r})"
             )
         num_bits = algebra.num_bits(in_channels, out_channels)
-        options: Any = dict(bias=bias, padding_mode=padding_mode, device=device, dtype=dtype)
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, **options)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            bias=bias,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+        )
         self.add_gates(nn.Parameter(torch.empty(num_bits, device=device, dtype=dtype)), sort, nested)
         self.reset_gate()
 
@@ -108,6 +118,8 @@ class DGConv2d(nn.Conv2d):
         """Add the gates to a convolution without gates. `timm_dgconv.groupable` converts convolutions with this."""
         self.sort, self.nested = sort, nested
         self.gate_reading = None  # of a graph that is being compiled, see `timm_dgconv.layers.gate_reader`
+        self.steered: Any = None  # see `timm_dgconv.optim.steering`
+        self.gates_are_new = True  # no checkpoint has set them, see `timm_dgconv.layers.checkpoints`
         self.register_parameter(GATE_NAMES[sort], gate)
         self._channels_of_gates = (self.out_channels, self.in_channels)
 
@@ -129,6 +141,7 @@ class DGConv2d(nn.Conv2d):
         Raises:
             ValueError: If the layer cannot have this number of groups.
         """
+        self.gates_are_new = True
         if groups is None:
             self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -INITIAL_GATE, INITIAL_GATE))
         elif groups in [1 << closed for closed in range(self.gate.numel() + 1)]:
@@ -156,14 +169,19 @@ class DGConv2d(nn.Conv2d):
         Raises:
             RuntimeError: If the channels have changed since the layer was built.
         """
+        self._refuse_other_channels(tuple(self.weight.shape))
         out_channels, in_channels = self._channels_of_gates
-        shape = tuple(self.weight.shape)
-        if len(shape) == 4 and shape[:2] != self._channels_of_gates:  # sharded weights have other dimensions
+        return algebra.num_bits(in_channels, out_channels)
+
+    def _refuse_other_channels(self, shape: tuple[int, ...]) -> None:
+        """Raise if a weight of this shape has other channels than the gates; sharded weights have other dimensions."""
+        if shape[:2] != self._channels_of_gates and len(shape) == 4:
+            out_channels, in_channels = self._channels_of_gates
             raise RuntimeError(
                 f"the weight of a DGConv2d has shape {shape}, and its gates belong to {in_channels} -> {out_channels} "
-                "channels; its channels must not be changed (pruners do): use timm_dgconv.compact first"
+                "channels; its channels must not be changed (pruners do): prune the network before "
+                "timm_dgconv.groupable, or prune timm_dgconv.compact(model)"
             )
-        return algebra.num_bits(in_channels, out_channels)
 
     @property
     def closed(self) -> tuple[bool, ...]:
@@ -231,7 +249,7 @@ class DGConv2d(nn.Conv2d):
         blocks = torch.empty_like(weight[:, : self.in_channels // groups])  # keeps the memory format
         blocks.copy_(diagonal_blocks(weight, groups).flatten(0, 1))
         delattr(self, GATE_NAMES[self.sort])
-        for name in ("sort", "nested", "steered", "gate_reading", "_channels_of_gates"):
+        for name in ("sort", "nested", "steered", "gates_are_new", "gate_reading", "_channels_of_gates"):
             vars(self).pop(name, None)
         self.weight = nn.Parameter(blocks, self.weight.requires_grad)
         self.groups = groups
@@ -264,10 +282,16 @@ class DGConv2d(nn.Conv2d):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.masked_dense(input)
         else:  # torch.jit.script does not compile this branch
+            self._refuse_other_channels((self.out_channels, self.in_channels, *self.kernel_size))
             if not autograd.is_grouped(input, self.weight, self.gate):
                 gate_reader.refuse_nan(self)
                 return self.masked_dense(input)
             values = gate_reader.read(self)
+            if self.steered is not None and torch.is_grad_enabled():
+                if self.training and isinstance(values, list):
+                    self.steered.notice(values)
+                if self.steered.steering.settled:
+                    values = algebra.settle(values)
             x, padding = self._pad(input if input.ndim == 4 else input.unsqueeze(0))
             geometry = (self.stride, padding, self.dilation)
             y = autograd.dgconv2d(x, self.weight, self.bias, self.gate, values, *geometry, self.sort, self.nested)
@@ -303,3 +327,15 @@ class DGConv2d(nn.Conv2d):
         if after != before:
             input = F.pad(input, [0, after[1] - before[1], 0, after[0] - before[0]])
         return input, before
+
+
+def _refuse_adapters(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Refuse what PEFT does to a layer that it adapts, whatever the kind of the adapter: make it a `base_layer`."""
+    if name == "base_layer" and isinstance(submodule, DGConv2d):
+        raise TypeError(
+            "a DGConv2d takes no adapter, since an adapter computes weights between the groups, and merging it loses "
+            "them; name the layer in modules_to_save, or adapt timm_dgconv.compact(model)"
+        )
+
+
+nn.modules.module.register_module_module_registration_hook(_refuse_adapters)

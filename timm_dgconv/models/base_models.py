@@ -38,7 +38,9 @@ def family(architecture: str) -> str:
 def base_cfgs(variant: str, default_tag: str | None = None) -> dict[str, Any]:
     """Return every pretrained tag of the base model of a model, such as `g_resnet50.resnet_a1_in1k`.
 
-    The default tag, that of timm if none is given, comes first.
+    Args:
+        variant: Name of the model.
+        default_tag: The tag of the base model that is first, and so is the default. By default it is timm's.
     """
     base = BASE_MODELS[variant]
     default = f"{base}.{default_tag or get_pretrained_cfg(base).tag}"
@@ -48,10 +50,15 @@ def base_cfgs(variant: str, default_tag: str | None = None) -> dict[str, Any]:
 
 
 def check_pretrained(variant: str, kwargs: dict[str, Any], missing: str | None = None) -> None:
-    """Warn that the weights of a base model have no learned groups. The kwargs are those of `timm.create_model`.
+    """Warn that the weights of a base model have no learned groups.
+
+    Args:
+        variant: Name of the model.
+        kwargs: Arguments of `timm.create_model`.
+        missing: What to say if the weights of the original release are requested, and are not on the Hub.
 
     Raises:
-        RuntimeError: With the message `missing`, if the weights of the original release are requested.
+        RuntimeError: With `missing`.
     """
     overlay = kwargs.get("pretrained_cfg_overlay")
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)

@@ -93,7 +93,7 @@ def to_group_convs(model: nn.Module) -> None:
 def _sort_channels(block: Any, tied: set[int]) -> None:
     """Reorder the channels inside of a bottleneck so that its 3x3 layer has contiguous groups, where that is exact.
 
-    It is not if other modules have a parameter, too: `tied` are the ids of these.
+    It is not exact if other modules share a parameter. `tied` has the ids of shared parameters.
     """
     conv: Any = block.conv2
     if not isinstance(conv, DGConv2d) or conv.sort:

@@ -153,10 +153,11 @@ def _merged(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
         if not isinstance(module, nn.Conv2d) and any(hasattr(module, method) for method in _MERGES)
     }
+    names = list(_plain_convs(model)) if merging else []
     return {
         name: f"a {parent} merges its weight with others"
         for prefix, parent in merging.items()
-        for name in _plain_convs(model)
+        for name in names
         if not prefix or name.startswith(f"{prefix}.")
     }
 
@@ -164,11 +165,25 @@ def _merged(model: nn.Module) -> dict[str, str]:
 def _convert(
     conv: nn.Conv2d, parameters: dict[int, tuple[nn.Parameter, nn.Parameter]], sort: bool, nested: bool
 ) -> None:
-    """Turn a convolution into a DGConv2d, in place. Convolutions that share a weight share the new `parameters`."""
+    """Turn a convolution into a DGConv2d, in place.
+
+    Args:
+        conv: The convolution.
+        parameters: Id of a weight -> weight and gates of the layer that it has become; updated in place. Convolutions
+            that share a weight share both.
+        sort: See `groupable`.
+        nested: See `groupable`.
+    """
     weight = conv.weight
     if id(weight) not in parameters:
-        shape: Any = (conv.in_channels, conv.out_channels, conv.kernel_size)
-        layer = DGConv2d(*shape, bias=False, device=weight.device, dtype=weight.dtype)
+        layer = DGConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            bias=False,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
         if weight.is_contiguous(memory_format=torch.channels_last):
             layer.to(memory_format=torch.channels_last)
         dense, gates = from_conv(layer, weight)

@@ -1,6 +1,7 @@
 """The deployed form of a network: `timm.utils.reparameterize_model` calls `fuse`, which folds batch norms."""
 
 import copy
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -29,19 +30,24 @@ class FoldsNorms(nn.Module):
         """
         block: Any = copy.deepcopy(self)
         to_group_convs(block)
-        for n in (1, 2, 3):
-            conv, norm = getattr(block, f"conv{n}", None), getattr(block, f"bn{n}", None)
-            if conv is not None and norm is not None:
-                setattr(block, f"bn{n}", fold_norm(conv, norm))
+        uses = Counter(module for _, module in block.named_modules(remove_duplicate=False))
+        pairs = [(block, f"bn{n}", getattr(block, f"conv{n}", None), getattr(block, f"bn{n}", None)) for n in (1, 2, 3)]
         if isinstance(block.downsample, nn.Sequential):
-            for (_, conv), (name, norm) in pairwise(list(block.downsample.named_children())):
-                setattr(block.downsample, name, fold_norm(conv, norm))
+            children = list(block.downsample.named_children())
+            pairs += [(block.downsample, name, conv, norm) for (_, conv), (name, norm) in pairwise(children)]
+        for owner, name, conv, norm in pairs:
+            if norm is not None and uses[conv] == 1:
+                setattr(owner, name, fold_norm(conv, norm))
         return block
 
 
 @torch.no_grad()
 def fold_norm(conv: Any, norm: Any) -> Any:
-    """Fold the running statistics and weights of a batch norm into the convolution before it, in place.
+    """Fold the running statistics and weights of a batch norm into the convolution before it.
+
+    Args:
+        conv: The module before the norm; changed in place if it is a plain convolution.
+        norm: The norm, in training or evaluation mode.
 
     Returns:
         The module that replaces the norm: an identity, or the activation of the norm. The norm itself comes back, and

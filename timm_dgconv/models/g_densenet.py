@@ -14,7 +14,7 @@ __all__ = ["GDenseNet"]
 class GDenseNet(GroupNet, DenseNet):
     """A timm DenseNet whose 3x3 convolutions are DGConv2d layers. The arguments are those of `GroupNet`."""
 
-    group_convs = r".*\.denselayer\d+\.conv2"
+    group_convs = r".*\.denselayer\d+\.conv\d"
 
 
 default_cfgs = generate_default_cfgs(base_cfgs("g_densenet121"))
@@ -26,6 +26,11 @@ def g_densenet121(pretrained: bool = False, **kwargs: Any) -> GDenseNet:
     if pretrained:
         check_pretrained("g_densenet121", kwargs)
     model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16))
-    feature_cfg = dict(feature_cls=GroupFeatureListNet, flatten_sequential=True)
-    options = dict(pretrained_filter_fn=add_gates, feature_cfg=feature_cfg)
-    return build_model_with_cfg(GDenseNet, "g_densenet121", pretrained, **options, **dict(model_args, **kwargs))
+    return build_model_with_cfg(
+        GDenseNet,
+        "g_densenet121",
+        pretrained,
+        pretrained_filter_fn=add_gates,
+        feature_cfg=dict(feature_cls=GroupFeatureListNet, flatten_sequential=True),
+        **dict(model_args, **kwargs),
+    )

@@ -1,6 +1,9 @@
 """G-ResNet and G-ResNeXt: ResNet and ResNeXt whose 3x3 convolutions learn their number of groups.
 
-Paper: https://arxiv.org/abs/1908.05867
+Papers:
+* `Differentiable Learning-to-Group Channels via Groupable Convolutional Neural Networks` -
+  https://arxiv.org/abs/1908.05867
+
 Original release: https://github.com/d-li14/dgconv.pytorch (MIT)
 """
 
@@ -28,7 +31,7 @@ class GBottleneck(FoldsNorms, Bottleneck):
 class GResNet(GroupNet, ResNet):
     """A timm ResNet whose 3x3 convolutions are DGConv2d layers."""
 
-    group_convs = r"layer\d\.\d+\.conv[12]"
+    group_convs = r"layer\d\.\d+\.(conv\d|downsample\.\d)"
 
     def __init__(
         self,
@@ -36,26 +39,27 @@ class GResNet(GroupNet, ResNet):
         layers: tuple[int, ...],
         cardinality: int = 1,
         base_width: int = 64,
-        complexity_target: float | str | None = None,
         zero_init_last: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Build the network, and raise errors as `GroupNet` does.
+        """Build the network.
 
         Args:
             block: Class of the blocks.
             layers: Number of blocks per stage.
             cardinality: Number of groups of the ResNeXt with the same widths. It only determines the widths.
             base_width: Width of such a group in the first stage.
-            complexity_target: See `GroupNet`. "resnext" is the density of a ResNeXt with this cardinality.
             zero_init_last: Initialise the weights of the last norm of each block with zeros.
-            **kwargs: Further arguments of `GroupNet` and of timm's ResNet.
+            **kwargs: Further arguments of `GroupNet` and of timm's ResNet. The `complexity_target` "resnext" is the
+                share of a ResNeXt with this cardinality.
+
+        Raises:
+            TypeError: If timm's ResNet does not take an argument, or if an argument is not a number.
+            ValueError: As `GroupNet`.
         """
-        if complexity_target == "resnext":
-            complexity_target = 1 / cardinality
-        kwargs.update(cardinality=cardinality, base_width=base_width, complexity_target=complexity_target)
-        super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
         self.cardinality = cardinality
+        kwargs.update(cardinality=cardinality, base_width=base_width)
+        super().__init__(block, layers, zero_init_last=zero_init_last, **kwargs)
         ResNet.init_weights(self, zero_init_last)  # the weights between the groups of a ResNeXt, too
 
 
@@ -103,8 +107,14 @@ default_cfgs = generate_default_cfgs(
 def _create_g_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GResNet:
     if pretrained:
         check_pretrained(variant, kwargs, _HOW_TO_GET_WEIGHTS.get(variant))
-    options = dict(pretrained_filter_fn=add_gates, feature_cfg=dict(feature_cls=GroupFeatureListNet))
-    return build_model_with_cfg(GResNet, variant, pretrained, **options, **kwargs)
+    return build_model_with_cfg(
+        GResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=add_gates,
+        feature_cfg=dict(feature_cls=GroupFeatureListNet),
+        **kwargs,
+    )
 
 
 _HOW_TO_GET_WEIGHTS = {

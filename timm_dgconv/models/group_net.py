@@ -1,7 +1,9 @@
 """The arguments that all networks of this package have beside the arguments of their timm class."""
 
 import re
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from timm.models import FeatureListNet
@@ -13,10 +15,13 @@ from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.layers.gate_reader import OneReading
 from timm_dgconv.models.convert import groupable
 from timm_dgconv.optim import complexity, steering
+from timm_dgconv.optim.cost import cost_table
 
 TRAINING_ARGS = (
     "complexity_weight",
     "complexity_target",
+    "complexity_unit",
+    "img_size",
     "gate_bound",
     "gate_steps",
     "init_groups",
@@ -34,14 +39,19 @@ class GroupNet(OneReading):
 
     Args:
         *args: Arguments of the network of timm.
-        groups: A fixed number of groups, in all layers or one per layer: the compact form, see `timm_dgconv.compact`.
+        groups: A fixed number of groups, in all layers or one per layer, instead of learned groups. This builds group
+            convolutions (the compact form, see `timm_dgconv.compact`).
         sort: Whether groups are ranges of channels, see `timm_dgconv.DGConv2d`. The networks of the paper have
             ``sort=False``.
         nested: Whether gates receive the slope of their flip, see `timm_dgconv.DGConv2d`.
+        pointwise: Let the 1x1 convolutions of the blocks learn their groups, too.
         complexity_weight: Every optimizer step adds the gradient of ``complexity_weight * log(complexity)`` to the
-            gradient of the gates. See `timm_dgconv.steer`, also for the next three.
-        complexity_target: Largest density, the share of a dense network's connections, above 0 and at most 1. It needs
-            no weight.
+            gradient of the gates. See `timm_dgconv.steer`, also for the arguments up to `gate_steps`.
+        complexity_target: Largest cost, as a share of the dense network's cost, above 0 and at most 1. It needs no
+            weight.
+        complexity_unit: "connections", "macs", or the path of a JSON file with measured costs.
+        img_size: Side in pixels, or height and width, of the images for which "macs" counts multiply-adds. The default
+            is the input size of the pretrained_cfg.
         gate_bound: Largest distance of a gate from zero.
         gate_steps: Number of optimizer steps after which the gates stand still.
         init_groups: Number of groups with which training starts, in all layers or one per layer: powers of two. The
@@ -56,7 +66,7 @@ class GroupNet(OneReading):
     """
 
     group_convs: ClassVar[str]
-    """A regular expression for the names of the convolutions that learn their groups, if they are larger than 1x1."""
+    """A regular expression for the names of the convolutions that learn their groups. 1x1 kernels need `pointwise`."""
 
     def __init__(
         self,
@@ -64,14 +74,20 @@ class GroupNet(OneReading):
         groups: int | Sequence[int] | None = None,
         sort: bool = True,
         nested: bool = True,
+        pointwise: bool = False,
         complexity_weight: float | None = None,
-        complexity_target: float | None = None,
+        complexity_target: float | str | None = None,
+        complexity_unit: str = "connections",
+        img_size: int | Sequence[int] | None = None,
         gate_bound: float | None = None,
         gate_steps: int | None = None,
         init_groups: int | Sequence[int] | None = None,
         freeze_groups: bool = False,
         **kwargs: Any,
     ) -> None:
+        for name, value in dict(sort=sort, nested=nested, pointwise=pointwise, freeze_groups=freeze_groups).items():
+            if not isinstance(value, int):  # any string is true
+                raise TypeError(f"{name}={value!r} is not a bool; use True or False")
         steers = dict(weight=complexity_weight, target=complexity_target, bound=gate_bound, steps=gate_steps)
         is_steered = bool(complexity_weight) or {complexity_target, gate_bound, gate_steps} != {None}
         if is_steered and (freeze_groups or groups is not None):
@@ -80,7 +96,10 @@ class GroupNet(OneReading):
             raise ValueError(f"steering with {given} needs gates that learn, and {fixed} has none; leave one out")
         if init_groups is not None and groups is not None:
             raise ValueError(f"init_groups={init_groups} needs gates, and groups=... has none; leave one out")
+        if complexity_unit != "connections" and not is_steered:
+            raise ValueError(f"complexity_unit={complexity_unit!r} is the unit of a target; add complexity_target=...")
         super().__init__(*args, **kwargs)
+        self.pointwise = pointwise
         for name, conv in self.named_modules():
             if isinstance(conv, nn.Conv2d) and self.learns_groups(name, conv) and conv.groups > 1:
                 # The groups of a ResNeXt only determine its widths, and need not be a power of two.
@@ -95,20 +114,44 @@ class GroupNet(OneReading):
             conv.to_group_conv_(number)
         for conv, number in _per_layer(convs, "init_groups", init_groups):
             conv.reset_gate(number)
-        if is_steered:
-            steering.steer(self, **steers)  # type: ignore[arg-type]
+        if init_groups is not None:
+            self.register_load_state_dict_post_hook(partial(_warn_init_groups, init_groups))
+        if is_steered and complexity_unit == "macs" and img_size is None:
+            waiting = steering.Steering(complexity_weight or steering.DEFAULT_WEIGHT, None, gate_bound, gate_steps)
+            steering.link(self, waiting)  # until timm assigns the pretrained_cfg, which has the input size
+            self._steers = {**steers, "unit": complexity_unit}
+        elif is_steered:
+            self._steer(**steers, unit=complexity_unit, input_size=_image(self, img_size))
         if freeze_groups and groups is None:
             complexity.freeze_groups(self)
 
     def learns_groups(self, name: str, conv: nn.Conv2d) -> bool:
         """Return whether a convolution of the network of timm learns its groups, or has learned them."""
-        return re.fullmatch(self.group_convs, name) is not None and max(conv.kernel_size) > 1
+        return re.fullmatch(self.group_convs, name) is not None and (self.pointwise or max(conv.kernel_size) > 1)
+
+    def _steer(self, target: Any, unit: str, **kwargs: Any) -> None:
+        """Steer the network. The target "resnext" is the share of a ResNeXt with the same widths."""
+        cardinality = getattr(self, "cardinality", 1)
+        if target == "resnext":
+            if cardinality == 1 or self.pointwise:
+                raise ValueError(
+                    f"complexity_target='resnext' is for the 3x3 layers of a ResNeXt's widths, and this "
+                    f"{type(self).__name__} has others; use a number, or a model such as g_resnext50"
+                )
+            cost = cost_table(self, unit, kwargs.get("input_size"))
+            target = 1 / cardinality if unit == "connections" else cost.share(cardinality)
+        steering.steer(self, target=target, unit=unit, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Leave out `TRAINING_ARGS` when timm records the arguments of the model."""
+        """Leave out `TRAINING_ARGS` when timm records the arguments of the model.
+
+        Multiply-adds are counted as soon as timm has assigned the pretrained_cfg, which has the input size.
+        """
         if name == _compat.MODEL_ARGS:
             value = {key: argument for key, argument in value.items() if key not in TRAINING_ARGS}
         super().__setattr__(name, value)
+        if name == "pretrained_cfg" and "_steers" in vars(self):
+            self._steer(**vars(self).pop("_steers"))
 
 
 class GroupFeatureListNet(OneReading, FeatureListNet):
@@ -117,6 +160,9 @@ class GroupFeatureListNet(OneReading, FeatureListNet):
     def __init__(self, model: nn.Module, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.cardinality = getattr(model, "cardinality", 1)
+        self.group_convs, self.pointwise = model.group_convs, model.pointwise
+
+    learns_groups: Any = GroupNet.learns_groups
 
 
 def add_gates(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -138,7 +184,7 @@ def group_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     learned = {
         conv
         for net in model.modules()
-        if isinstance(net, GroupNet)
+        if isinstance(net, GroupNet | GroupFeatureListNet)
         for name, conv in net.named_modules()
         if isinstance(conv, nn.Conv2d) and net.learns_groups(name, conv)
     }
@@ -171,3 +217,17 @@ def _per_layer(convs: list[DGConv2d], option: str, groups: int | Sequence[int] |
     if not isinstance(numbers, list | tuple) or len(numbers) != len(convs):
         raise ValueError(f"{option}={groups!r} must be one number, or one for each of the {len(convs)} layers")
     return list(zip(convs, numbers, strict=True))
+
+
+def _warn_init_groups(init_groups: int | Sequence[int], model: nn.Module, keys: Any) -> None:
+    """Say that loaded gates, if there were any, are not those of `init_groups`."""
+    if not any(name.endswith("sorted_gate") for name in keys.missing_keys):
+        warnings.warn(f"the groups of the loaded weights replace init_groups={init_groups}", stacklevel=2)
+
+
+def _image(model: nn.Module, size: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return channels, height and width of the images of a network, from the argument `img_size`."""
+    if size is None:
+        return None
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return (first.in_channels, *((size, size) if isinstance(size, int) else size))

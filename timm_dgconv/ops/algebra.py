@@ -1,11 +1,12 @@
 """The algebra of gates: closed bits, the gate that learns the slope of each bit, counts. README.md has the derivation.
 
-There are two copies of each rule, on the host and in a graph: `read_bits` takes numbers, `bits` takes a tensor.
+There are two copies of each rule, on the host and in a graph: `read_bits` takes numbers, `bits` takes a tensor. An
+optimizer step has the rule for many layers at once, in `timm_dgconv.optim.steered_gates.add_term`.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ class Bits(NamedTuple):
 
     Attributes:
         closed: Whether each bit is closed.
-        gates: The index of the gate that learns the slope of each bit, or -1.
+        gates: The index of the gate that learns the slope of each bit, or -1. An infinite gate learns nothing, since no
+            optimizer step can move it. Gates that stand still after `gate_steps` are read as infinite.
     """
 
     closed: tuple[bool, ...]
@@ -26,6 +28,11 @@ class Bits(NamedTuple):
     def groups(self) -> int:
         """Number of groups."""
         return 1 << sum(self.closed)
+
+    @property
+    def learn(self) -> bool:
+        """Whether a gate learns."""
+        return max(self.gates) >= 0
 
     @property
     def prefix(self) -> int:
@@ -39,9 +46,19 @@ class Bits(NamedTuple):
 
     @property
     def positions(self) -> tuple[list[int], list[int]]:
-        """The closed bits and the open bits: in this order, the groups are contiguous."""
-        bits = range(len(self.closed))
-        return [k for k in bits if self.closed[k]], [k for k in bits if not self.closed[k]]
+        """The closed bits and the open bits, see `closed_first`."""
+        order, num_closed = closed_first(self.closed), sum(self.closed)
+        return order[:num_closed], order[num_closed:]
+
+
+def closed_first(closed: Sequence[bool]) -> list[int]:
+    """Return the bits, or gates, in the order that makes groups contiguous: the closed ones first.
+
+    Examples:
+        >>> closed_first([False, True, False, True])
+        [1, 3, 0, 2]
+    """
+    return sorted(range(len(closed)), key=lambda k: not closed[k])
 
 
 def num_bits(in_channels: int, out_channels: int) -> int:
@@ -115,28 +132,35 @@ def read_bits(gate: Sequence[float], sort: bool, nested: bool) -> Bits:
             "and use a smaller learning rate or gradient clipping"
         )
     closed = [is_closed(value) for value in gate]
+    learns = [-1 if math.isinf(value) else k for k, value in enumerate(gate)]
     if not sort:
-        return Bits(tuple(closed), tuple(range(len(gate))))
-    order = sorted(range(len(gate)), key=lambda k: not closed[k])
+        return Bits(tuple(closed), tuple(learns))
+    order = closed_first(closed)
     num_closed = sum(closed)
     bits = (True,) * num_closed + (False,) * (len(gate) - num_closed)
     if not nested:
-        return Bits(bits, tuple(order))
+        return Bits(bits, tuple(learns[k] for k in order))
     gates = [-1] * len(gate)
     if num_closed:
-        gates[num_closed - 1] = min(order[:num_closed], key=lambda k: abs(gate[k]))
+        gates[num_closed - 1] = learns[min(order[:num_closed], key=lambda k: abs(gate[k]))]
     if num_closed < len(gate):
-        gates[num_closed] = min(order[num_closed:], key=lambda k: abs(gate[k]))
+        gates[num_closed] = learns[min(order[num_closed:], key=lambda k: abs(gate[k]))]
     return Bits(bits, tuple(gates))
 
 
-def straight_through(gate: Tensor) -> Tensor:
+def settle(values: Any) -> Any:
+    """Return infinite values of gates, numbers or a tensor, with the same signs: those of gates that learn nothing."""
+    if isinstance(values, Tensor):
+        return values + torch.copysign(torch.full_like(values, math.inf), values)  # nan stays nan
+    return [value + math.copysign(math.inf, value) for value in values]
+
+
+def straight_through(gate: Tensor, values: Tensor) -> Tensor:
     """Return zeros of shape (K,) with the gradient of the gates (the straight-through estimator of the paper).
 
-    A nan gate gives nan, so that a diverged training run is visible. An infinite gate has no gradient, since no
-    optimizer step can move it.
+    A nan gate gives nan, so that a diverged training run is visible. A gate that is read as infinite has no gradient.
     """
-    return torch.where(gate.isinf(), torch.zeros_like(gate), gate - gate.detach())
+    return torch.where(values.isinf(), torch.zeros_like(gate), gate - gate.detach())
 
 
 def bits(gate: Tensor, values: Tensor, sort: bool, nested: bool) -> tuple[Tensor, Tensor]:
@@ -153,7 +177,7 @@ def bits(gate: Tensor, values: Tensor, sort: bool, nested: bool) -> tuple[Tensor
         the slopes of the bits.
     """
     closed = closed_gates(values)
-    slopes = straight_through(gate)
+    slopes = straight_through(gate, values)
     if not sort:
         return closed, slopes
     if not nested:
@@ -210,6 +234,5 @@ def channel_order(closed: Sequence[bool], channels: int) -> Tensor:
         >>> channel_order([False, True], 4)
         tensor([0, 2, 1, 3])
     """
-    order = sorted(range(len(closed)), key=lambda k: not closed[k])
     index = torch.arange(channels, device="cpu").view(*[2] * len(closed), -1)
-    return index.permute(*order, len(closed)).flatten()
+    return index.permute(*closed_first(closed), len(closed)).flatten()

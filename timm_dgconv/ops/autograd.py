@@ -52,11 +52,6 @@ def is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def is_eager() -> bool:
-    """Return whether nothing looks for operators: neither torch.compile nor a TorchDispatchMode."""
-    return not torch.compiler.is_compiling() and not _compat.dispatch_modes_are_active()
-
-
 def dgconv2d(
     input: Tensor,
     weight: Tensor,
@@ -100,8 +95,8 @@ def dgconv2d(
             f"input has dtype {input.dtype} and weight has dtype {weight.dtype}; cast the input or the model"
         )
     args = (input, weight, bias, gate, values, stride, padding, dilation, sort, nested)
-    if is_eager():
-        return _DGConv2d.apply(*args)
+    if not torch.compiler.is_compiling():
+        return _DGConv2d.apply(*args)  # a TorchDispatchMode sees the group convolution
     return torch.ops.timm_dgconv.dgconv2d(*args[:4], _on_host(values), *args[5:])
 
 
@@ -185,10 +180,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         return (*_masked_gradients(grad_output, (input, weight, bias, gate), values, ctx.options, needs), *nothing)
     needs_input, needs_weight, needs_bias, needs_gate = needs
     args = (*ctx.options, [needs_input, needs_weight, needs_gate])
-    if is_eager():
-        grads = _gradients(grad_output, input, weight, gate, values, *args)
-    else:
+    if torch.compiler.is_compiling() or _compat.dispatch_modes_are_active():
+        # torch.utils.flop_counter counts a dense convolution for the weight gradient of a group convolution.
         grads = torch.ops.timm_dgconv.dgconv2d_backward(grad_output, input, weight, gate, _on_host(values), *args)
+    else:
+        grads = _gradients(grad_output, input, weight, gate, values, *args)
     grad_bias = grad_output.sum((0, 2, 3), dtype=bias.dtype) if needs_bias else None
     found = (grads[0], grads[1], grad_bias, grads[2])
     return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *nothing)

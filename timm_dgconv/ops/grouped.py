@@ -1,23 +1,24 @@
 """The fast form: output and gradients as group convolutions. README.md has the derivation.
 
-The groups are contiguous ranges of channels. `exchange_bits` brings inputs and outputs of an unsorted layer into this
-order, and its weight stays as it is: the weights of all groups are a strided view of it, whichever bits are closed. The
-neighbour of a group across a closed bit is a swap of halves. So there are no index tensors and no caches.
+Inputs and outputs have their groups in contiguous ranges of channels. `exchange_bits` brings those of an unsorted layer
+into this order. The weight stays as it is: the blocks of all groups are a strided view of it. The neighbour of a group
+across a closed bit is a swap of halves. So there are no caches, and no index tensors except in `exchange_bits`.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from timm_dgconv.ops.algebra import Bits, channel_order
+from timm_dgconv.ops.algebra import Bits, channel_order, closed_first
 
 Size = Sequence[int]
 
 MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 64, ("cuda", True): 2048}
 """Device type and whether the dtype has 16 bits -> channels per group from which a weight gradient is fast.
 
-Source: benchmarks/results/speed.md and benchmarks/results/gpu.md.
+`python benchmarks/bench.py layers` measures it. benchmarks/results/gpu.md has the figures of 16 bits on CUDA.
 """
 
 
@@ -40,23 +41,26 @@ def output(
     """
     bias = None if bias is None else bias.to(input.dtype)
     kernel = group_weight(weight, *bits.positions, input.dtype)
-    y = torch.conv2d(input, kernel, bias, stride, padding, dilation, bits.groups)
+    # Counters of operations replace F.conv2d (DeepSpeed, calflops). They take no lists.
+    y = F.conv2d(input, kernel, bias, tuple(stride), tuple(padding), tuple(dilation), bits.groups)
     return in_format(y, is_channels_last(input, weight))
 
 
 def input_gradient(
     grad_output: Tensor, input: Tensor, weight: Tensor, bits: Bits, stride: Size, padding: Size, dilation: Size
 ) -> Tensor:
-    """Compute the gradient of the input, see `output`. The values of `input` do not matter."""
-    channels_last = is_channels_last(input, weight)
-    grad, x = in_format(grad_output, channels_last), in_format(input, channels_last)
-    kernel = group_weight(weight, *bits.positions, grad.dtype)
-    return in_format(_convolution_backward(0, grad, x, kernel, stride, padding, dilation, bits.groups), channels_last)
+    """Compute the gradient of the input, see `output`. The values of `input` do not matter.
+
+    Here and below, output gradient and input are in the memory format of the output.
+    """
+    kernel = group_weight(weight, *bits.positions, grad_output.dtype)
+    grad = _convolution_backward(0, grad_output, input, kernel, stride, padding, dilation, bits.groups)
+    return in_format(grad, is_channels_last(input, weight))
 
 
 def weight_and_gate_gradients(
-    grad_output: Tensor,
-    input: Tensor,
+    grad: Tensor,
+    x: Tensor,
     weight: Tensor,
     bits: Bits,
     needs_gate: bool,
@@ -68,12 +72,12 @@ def weight_and_gate_gradients(
 
     The weight gradient of a group convolution with wider groups has the slopes of all bits inside of its groups. So the
     last closed bits are merged into the groups: those that nested gates need, and more if the groups are too narrow to
-    be fast. The slope of a closed bit that is not inside, which only the paper's forms need, costs one more group
-    convolution: the product of the output gradient and the output that the inputs of the neighbours would give.
+    be fast. Only the paper's forms need the slope of a closed bit that is not inside. It costs one more group
+    convolution: the output that each group would get from its neighbour, times the output gradient.
 
     Args:
-        grad_output: Gradient of the output.
-        input: Input.
+        grad: Gradient of the output.
+        x: Input.
         weight: Weight.
         bits: The bits of the layer.
         needs_gate: Whether to compute the gradient of the gates.
@@ -85,64 +89,54 @@ def weight_and_gate_gradients(
         Gradient of the weight, which is zero for pairs that are not connected, and gradient of the gates of shape (K,),
         in single precision at least, or None.
     """
-    channels_last = is_channels_last(input, weight)
-    grad, x = in_format(grad_output, channels_last), in_format(input, channels_last)
     closed, opened = bits.positions
-    num_outer = _num_outer(weight, grad.dtype, len(closed), needs_gate)
+    num_outer = _num_outer(weight, grad.dtype, bits, needs_gate)
     groups, outer, merged = 1 << num_outer, closed[:num_outer], closed[num_outer:]
     inner = [*merged, *opened]
     like = _empty_weight(weight, groups, grad.dtype)  # only its shape and memory format matter
     wide = _convolution_backward(1, grad, x, like, stride, padding, dilation, groups)
-    grad_weight = torch.zeros_like(weight) if closed else torch.empty_like(weight)
-    blocks = _blocks(grad_weight, closed, opened)
-    blocks.copy_(diagonal_blocks(wide.unflatten(0, (groups, -1)), 1 << len(merged), 1).view(blocks.shape))
+    grad_weight = torch.zeros_like(weight) if closed else wide.to(weight.dtype)
+    num_bits = len(bits.closed)
+    if closed:  # the channels of `wide` have their closed bits first
+        blocks = _pairs(wide, range(len(closed)), range(len(closed), num_bits), num_outer=num_outer)
+        _pairs(grad_weight, closed, opened).copy_(blocks)
     if not needs_gate:
         return grad_weight, None
     # A gradient is a sum over many values, for which half precision is too coarse.
     dtype = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
-    slopes = torch.zeros(len(bits.closed), dtype=dtype, device=weight.device)
+    slopes = torch.zeros(num_bits, dtype=dtype, device=weight.device)
+    if not bits.learn:
+        return grad_weight, slopes
     products = (group_weight(weight, outer, inner, dtype) * wide).unflatten(0, (groups, -1))
-    inside = products.sum(0).sum((-2, -1))
-    for position, gate in enumerate(bits.gates[bit] for bit in (*outer, *inner)):
-        if gate >= 0 and position >= num_outer:
-            slopes[gate] = _slope(inside, position - num_outer, len(merged))
+    if groups == 1 or is_channels_last(wide):  # sums in the order of the memory are up to eight times as fast
+        inside = products.sum((-2, -1), keepdim=True).sum(0)
+    else:
+        inside = products.sum(0).sum((-2, -1), keepdim=True)
+    for position, bit in enumerate((*closed, *opened)):
+        gate, place = bits.gates[bit], position - num_outer
+        if gate >= 0 and place >= 0:
+            agree = sorted({*range(len(merged)), place})
+            free = [other for other in range(len(merged), len(inner)) if other != place]
+            _sum(_pairs(inside, agree, free, across=place), slopes[gate])
         elif gate >= 0:
-            kernel = neighbour_weight(weight, closed, opened, position, x.dtype)
-            swapped = swap_halves(x, position)
-            y = torch.conv2d(swapped, kernel, None, stride, padding, dilation, bits.groups)
-            slopes[gate] = (y.to(dtype) * grad).sum()
+            kernel = group_weight(weight, closed, opened, x.dtype, across=bit)
+            y = torch.conv2d(swap_halves(x, position), kernel, None, stride, padding, dilation, bits.groups)
+            _sum(y.to(dtype) * grad, slopes[gate])
     return grad_weight, slopes
 
 
 def weight_gradient_groups(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> list[int]:
     """Return the number of groups of each convolution in `weight_and_gate_gradients`."""
     closed, _ = bits.positions
-    outer = closed[: _num_outer(weight, dtype, len(closed), needs_gate)]
+    outer = closed[: _num_outer(weight, dtype, bits, needs_gate)]
     return [1 << len(outer)] + [bits.groups] * (needs_gate * sum(bits.gates[bit] >= 0 for bit in outer))
 
 
-def _num_outer(weight: Tensor, dtype: torch.dtype, num_closed: int, needs_gate: bool) -> int:
+def _num_outer(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> int:
     """Return how many closed bits identify a group in the convolution for the weight gradient."""
     width = MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
     fast = (weight.shape[1] // width).bit_length() - 1
-    return max(min(num_closed - needs_gate, fast), 0)
-
-
-def _slope(products: Tensor, bit: int, num_closed: int) -> Tensor:
-    """Return the slope of a bit inside of the groups.
-
-    Args:
-        products: Weight times gradient of shape (outputs, inputs) of a group, summed over the groups.
-        bit: The bit, counted from the first one inside of the groups.
-        num_closed: Number of closed bits inside of the groups. The pairs agree in them, apart from the bit itself.
-    """
-    agree = diagonal_blocks(products, 1 << min(bit, num_closed))
-    free = 1 << max(bit - num_closed, 0)  # codes of the open bits before this one, in which the pairs may differ
-    pairs = agree.unflatten(2, (free, 2, -1)).unflatten(1, (free, 2, -1))
-    halves = [pairs[:, :, half, :, :, 1 - half] for half in (0, 1)]
-    if bit < num_closed - 1:  # closed bits after this one
-        halves = [diagonal_blocks(half[:, 0, :, 0], 1 << num_closed - bit - 1, 1) for half in halves]
-    return halves[0].sum() + halves[1].sum()
+    return max(min(sum(bits.closed) - (needs_gate and bits.learn), fast), 0)
 
 
 def diagonal_blocks(products: Tensor, groups: int, dim: int = 0) -> Tensor:
@@ -160,28 +154,47 @@ def diagonal_blocks(products: Tensor, groups: int, dim: int = 0) -> Tensor:
     return blocks.diagonal(0, dim, dim + 2).movedim(-1, dim)
 
 
-def _blocks(weight: Tensor, agree: Sequence[int], differ: Sequence[int]) -> Tensor:
-    """Return a view of the pairs of a dense weight whose channels agree in certain bits, with a dimension for each bit.
+def _sum(x: Tensor, out: Tensor) -> None:
+    """Write the sum of all elements, in one operation."""
+    torch.sum(x, tuple(range(x.ndim)), out=out)
+
+
+def _pairs(
+    weight: Tensor, agree: Sequence[int], free: Sequence[int], across: int | None = None, num_outer: int = 0
+) -> Tensor:
+    """Return a view of certain pairs of an output and an input channel of a weight, with a dimension for each bit.
 
     Args:
-        weight: Weight of shape (C_out, C_in, kernel height, kernel width).
-        agree: Bits in which the output and the input channel of a pair agree.
-        differ: All other bits.
+        weight: Weight of shape (C_out, C_in / 2^num_outer, kernel height, kernel width).
+        agree: Bits in which the channels of a pair agree.
+        free: All other bits.
+        across: One of the bits in `agree`, in which the channels of a pair differ instead.
+        num_outer: Number of bits before those of the input channels. They identify the group of a group convolution.
 
     Returns:
-        View with these dimensions: the bits of `agree`; the bits of `differ` and q among the outputs; the same among
-        the inputs; kernel height; kernel width.
+        View with these dimensions: the bits of `agree` of the output; the bits of `free` and q of the output; the same
+        of the input; kernel height; kernel width.
     """
-    last = len(agree) + len(differ) - 1
-    (q_out, out_stride), (q_in, in_stride) = ((weight.shape[d] >> last + 1, weight.stride(d)) for d in (0, 1))
-    size, stride = [2] * len(agree), [q_out * out_stride + q_in * in_stride << last - bit for bit in agree]
-    for q, step in ((q_out, out_stride), (q_in, in_stride)):
-        size += [2] * len(differ) + [q]
-        stride += [*(q * step << last - bit for bit in differ), step]
-    return weight.as_strided((*size, *weight.shape[2:]), (*stride, *weight.stride()[2:]))
+    last = len(agree) + len(free) - 1
+    (out_stride, in_stride), q_out = weight.stride()[:2], weight.shape[0] >> last + 1
+    q_in = weight.shape[1] >> last + 1 - num_outer
+    out_step, in_step = q_out * out_stride, q_in * in_stride
+    size, stride, offset = [], [], weight.storage_offset()
+    for bit in agree:
+        size.append(2)
+        stride.append(out_step + (in_step if bit >= num_outer else 0) << last - bit)
+    if across is not None:  # output bit 0 with input bit 1, then output bit 1 with input bit 0
+        stride[agree.index(across)] = out_step - in_step << last - across
+        offset += in_step << last - across
+    for q, step, q_stride in ((q_out, out_step, out_stride), (q_in, in_step, in_stride)):
+        size += [*(2 for _ in free), q]
+        stride += [*(step << last - bit for bit in free), q_stride]
+    return weight.as_strided((*size, *weight.shape[2:]), (*stride, *weight.stride()[2:]), offset)
 
 
-def group_weight(weight: Tensor, closed: Sequence[int], opened: Sequence[int], dtype: torch.dtype) -> Tensor:
+def group_weight(
+    weight: Tensor, closed: Sequence[int], opened: Sequence[int], dtype: torch.dtype, across: int | None = None
+) -> Tensor:
     """Return the weight of a group convolution, in the memory format of a dense weight.
 
     Args:
@@ -189,43 +202,19 @@ def group_weight(weight: Tensor, closed: Sequence[int], opened: Sequence[int], d
         closed: The bits that identify a group, the most significant one first.
         opened: The other bits, in the order of the channels of a group.
         dtype: Dtype of the result.
+        across: One of the closed bits. Then the weights join the inputs of each group to the outputs of its neighbour
+            across this bit.
 
     Returns:
         Weight of shape (C_out, C_in / groups, kernel height, kernel width).
     """
     if not closed and list(opened) == sorted(opened):
         return weight.to(dtype)
-    result = _empty_weight(weight, 1 << len(closed), dtype)
-    _copy_blocks(result, _blocks(weight, closed, opened), closed, opened)
+    result, pairs = _empty_weight(weight, 1 << len(closed), dtype), _pairs(weight, closed, opened, across)
+    if pairs.stride(-1) > 1 and [*closed, *opened] != sorted((*closed, *opened)):
+        pairs = pairs.contiguous()  # in channels_last an inner loop over the kernel is faster than one over a bit
+    result.view(pairs.shape).copy_(pairs)
     return result
-
-
-def neighbour_weight(
-    weight: Tensor, closed: Sequence[int], opened: Sequence[int], position: int, dtype: torch.dtype
-) -> Tensor:
-    """Return the weights that join the inputs of each group to the outputs of its neighbour, see `group_weight`.
-
-    Args:
-        weight: See `group_weight`.
-        closed: See `group_weight`.
-        opened: See `group_weight`.
-        position: Index of the bit in `closed` in which neighbours differ.
-        dtype: See `group_weight`.
-    """
-    before, bit, after = closed[:position], closed[position], closed[position + 1 :]
-    pairs = _blocks(weight, [*before, *after], [bit, *opened])
-    output, input = len(closed) - 1, len(closed) + len(opened) + 1  # the dimensions of the bit
-    result = _empty_weight(weight, 1 << len(closed), dtype)
-    halves = result.unflatten(0, (1 << len(before), 2, 1 << len(after), -1))
-    for half in (0, 1):
-        _copy_blocks(halves[:, half], pairs.select(input, 1 - half).select(output, half), closed, opened)
-    return result
-
-
-def _copy_blocks(target: Tensor, blocks: Tensor, closed: Sequence[int], opened: Sequence[int]) -> None:
-    if [*closed, *opened] != sorted((*closed, *opened)):
-        blocks = blocks.contiguous()  # a loop over the kernel is faster than one over a bit
-    target.view(blocks.shape).copy_(blocks)
 
 
 def swap_halves(x: Tensor, bit: int) -> Tensor:
@@ -246,14 +235,14 @@ def exchange_bits(x: Tensor, closed: Sequence[bool], dim: int = 1, inverse: bool
         dim: The dimension of the channels.
         inverse: Whether to go back.
     """
+    result = torch.empty_like(x)  # a user may change an output in place, so it is not a view
     if x.device.type == "cpu" and dim == 1 and is_channels_last(x):  # gather is up to six times as fast
         index = channel_order(closed, x.shape[1])
-        rows = x.permute(0, 2, 3, 1)
-        return rows.gather(3, (index.argsort() if inverse else index).expand(rows.shape)).permute(0, 3, 1, 2)
+        rows, target = x.permute(0, 2, 3, 1), result.permute(0, 2, 3, 1)
+        torch.gather(rows, 3, (index.argsort() if inverse else index).expand(rows.shape), out=target)
+        return result
     num_bits = len(closed)
-    order = sorted(range(num_bits), key=lambda k: not closed[k])
-    dims = [*range(dim), *(dim + k for k in order), *range(dim + num_bits, x.ndim + num_bits)]
-    result = torch.empty_like(x)  # not reshape, which returns a contiguous tensor
+    dims = [*range(dim), *(dim + k for k in closed_first(closed)), *range(dim + num_bits, x.ndim + num_bits)]
     unsorted, ordered = (t.unflatten(dim, (*[2] * num_bits, -1)) for t in ((result, x) if inverse else (x, result)))
     unsorted = unsorted.permute(dims)
     (unsorted if inverse else ordered).copy_(ordered if inverse else unsorted)
