@@ -4,7 +4,7 @@
     python benchmarks/bench.py sgd --model g_resnext101           # with an optimizer step
     python benchmarks/bench.py infer --forms deployed --runtimes eager torch.compile onnxruntime openvino
     python benchmarks/bench.py memory                             # peak memory of training
-    python benchmarks/bench.py layers --json layers.json --plot layers.png
+    python benchmarks/bench.py layers --json layers.json          # forward and backward of single layers
 
 Each round measures every network once, so that a slow minute of the machine affects all of them alike. The output is
 one row per network and memory format: the median time, and the median and quartiles over the rounds of the ratio to
@@ -14,7 +14,6 @@ the network of timm in the first runtime (layers: to torch.nn.Conv2d with the sa
 import argparse
 import itertools
 import json
-import math
 import platform
 import shlex
 import statistics
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,10 +33,10 @@ from runtimes import RUNTIMES
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_dgconv import DGConv2d, compact, freeze_groups, plots
-from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
+from timm_dgconv import DGConv2d, compact, freeze_groups
 from timm_dgconv.models.base_models import BASE_MODELS
 from timm_dgconv.ops import grouped
+from timm_dgconv.runtimes import Run
 
 Row = dict[str, Any]
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -53,30 +51,24 @@ FORMS = {
     "compact": "timm_dgconv.compact",
     "deployed": "timm.utils.reparameterize_model",
 }
+ONLY_INFERENCE = ("compact", "deployed")
 
 
+@torch.no_grad()
 def set_groups(module: nn.Module, groups: int, permuted: bool = False) -> None:
-    """Set the number of groups of every DGConv2d.
+    """Set the number of groups of every DGConv2d. Layers with too few gates close all of them.
 
-    Args:
-        module: A model or a layer.
-        groups: A power of two. Layers with too few gates close all of them.
-        permuted: Close random gates instead of the first ones, so that the groups are not contiguous.
-
-    Raises:
-        ValueError: If the number is not a power of two.
+    With `permuted` random gates are closed, and not the first ones.
     """
-    if groups < 1 or groups & (groups - 1):
-        raise ValueError(f"groups={groups} must be a power of two")
-    with torch.no_grad():
-        for conv in (m for m in module.modules() if isinstance(m, DGConv2d)):
-            bits = conv.gate.numel()
-            order = torch.randperm(bits) if permuted else torch.arange(bits)
-            conv.gate.fill_(PRETRAINED_GATE)[order[: groups.bit_length() - 1]] = -PRETRAINED_GATE
+    for conv in (m for m in module.modules() if isinstance(m, DGConv2d)):
+        conv.reset_gate(min(groups, 1 << conv.num_bits))
+        if permuted:
+            conv.gate.copy_(conv.gate[torch.randperm(conv.num_bits)])
 
 
-def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Module:
+def build(name: str, form: str, groups: int, permuted: bool = False, training: bool = True) -> nn.Module:
     """Build a timm model. A model of this package gets this number of groups in each layer and one of the `FORMS`."""
+    torch.manual_seed(0)
     paper: dict[str, Any] = {"sorted": dict(nested=False), "unsorted": dict(sort=False)}
     model = timm.create_model(name, **paper.get(form, {}))
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -91,7 +83,24 @@ def build(name: str, form: str, groups: int, permuted: bool = False) -> nn.Modul
         model = compact(model)
     elif form == "deployed":
         model = reparameterize_model(compact(model).eval())
-    return model
+    return model.train(training)
+
+
+def step(run: Run, net: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Return what is measured: "infer", "train" (forward and backward), or "sgd" (also a step with momentum)."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if what == "sgd" else None
+
+    def call() -> Tensor:
+        with torch.inference_mode(what == "infer"), torch.autocast(x.device.type, dtype, dtype != torch.float32):
+            y = run(x)
+        if what != "infer":
+            y.float().square().mean().backward()
+            if optimizer is not None:
+                optimizer.step()
+            net.zero_grad()
+        return y
+
+    return call
 
 
 def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str, title: str) -> dict[str, list[float]]:
@@ -118,12 +127,11 @@ def interleave(calls: dict[str, Callable[[], Any]], rounds: int, device: str, ti
 def summary(times: Sequence[float], baseline: Sequence[float]) -> Row:
     """Return the median in milliseconds, and the median and quartiles of the ratio to the baseline's same round."""
     ratios = sorted(a / b for a, b in zip(times, baseline, strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "ms": round(1e3 * statistics.median(times), 2),
         "ratio": round(middle, 3),
         "quartiles": [round(low, 3), round(high, 3)],
-        "ratio_of_minima": round(min(times) / min(baseline), 3),
     }
 
 
@@ -145,10 +153,8 @@ def layers(args: argparse.Namespace) -> list[Row]:
             groups = 1 << num_closed
             set_groups(conv, groups)
             fixed = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False, **like)
-            calls: dict[str, Callable[[], Any]] = {
-                "fixed": partial(_layer_step, fixed, x, grad),
-                "policy": partial(_layer_step, conv, x, grad),
-            }
+            calls: dict[str, Callable[[], Any]] = {"fixed": partial(_layer_step, fixed, x, grad)}
+            calls["policy"] = partial(_layer_step, conv, x, grad)
             for n in range(max(num_closed, 1)):
                 calls[str(2 * width >> n)] = partial(_layer_step, conv, x, grad, 2 * width >> n)
             times = interleave(calls, args.rounds, args.device, f"{width} channels, {groups} groups, {name}")
@@ -174,38 +180,30 @@ def networks(args: argparse.Namespace) -> list[Row]:
     Rows of inference contain the largest difference of the logits to the learnable form in eager torch, relative to its
     largest logit. The form "unsorted" is compared with itself in eager torch, since its weights join other channels.
     """
-    device = torch.device(args.device)
-    autocast: Any = nullcontext
-    if args.dtype != "float32":
-        autocast = partial(torch.autocast, device.type, DTYPES[args.dtype])
+    dtype, training = DTYPES[args.dtype], args.what != "infer"
     rows: list[Row] = []
     for name in args.formats:
-        x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
+        x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
         x = x.to(memory_format=FORMATS[name])
 
-        def prepared(model: str, form: str, x: Tensor = x, name: str = name) -> nn.Module:
-            torch.manual_seed(0)
-            net = build(model, form, args.groups, args.permuted).train(args.what != "infer")
-            return net.to(x.device, memory_format=FORMATS[name])
+        def prepared(model: str, form: str, name: str = name) -> Any:
+            net: Any = build(model, form, args.groups, args.permuted, training)
+            return net.to(args.device, memory_format=FORMATS[name])
 
-        calls: dict[str, Callable[[], Any]] = {}
+        calls: dict[str, Callable[[], Tensor]] = {}
         differences: dict[str, float] = {}
         references: dict[str, Tensor] = {}
         for label, (model, form, runtime) in _labels(args).items():
             net = prepared(model, form)
-            run = RUNTIMES[runtime](net, x)
-            if args.what == "infer":
-                calls[label] = partial(_infer, run, x, autocast)
-                if form:
-                    like = "unsorted" if form == "unsorted" else "learnable"  # other groups if they are permuted
-                    if like not in references:
-                        references[like] = _infer(prepared(args.model, like), x, autocast).float()
-                    reference = references[like]
-                    difference = (calls[label]().float() - reference).abs().max() / reference.abs().max()
-                    differences[label] = difference.item()
-            else:
-                optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9) if args.what == "sgd" else None
-                calls[label] = partial(_train, run, net, x, autocast, optimizer)
+            calls[label] = step(RUNTIMES[runtime](net, x), net, x, args.what, dtype)
+            if form and not training:
+                like = "unsorted" if form == "unsorted" else "learnable"  # other groups if they are permuted
+                if like not in references:
+                    net = prepared(args.model, like)
+                    references[like] = step(net, net, x, "infer", dtype)().float()
+                reference = references[like]
+                difference = (calls[label]().float() - reference).abs().max() / reference.abs().max()
+                differences[label] = difference.item()
         times = interleave(calls, args.rounds, args.device, f"{args.model}, {args.what}, {name}")
         baseline = next(iter(calls))
         for label, seconds in times.items():
@@ -215,18 +213,12 @@ def networks(args: argparse.Namespace) -> list[Row]:
             if label in differences:
                 row["largest_difference"] = differences[label]
             rows.append(row)
-    best = {row["model"]: math.inf for row in rows}
-    for row in rows:
-        best[row["model"]] = min(row["ms"], best[row["model"]])
-    for row in rows:
-        row["ratio_of_better_formats"] = round(best[row["model"]] / best[rows[0]["model"]], 3)
     return rows
 
 
 def _labels(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
     """Return name, form and runtime of the networks by the label of their rows. The network of timm comes first."""
-    only_inference = ("compact", "deployed")
-    forms = args.forms or [form for form in FORMS if form not in only_inference or args.what == "infer"]
+    forms = args.forms or [form for form in FORMS if form not in ONLY_INFERENCE or args.what == "infer"]
     nets = {name: (name, "") for name in (BASELINES[args.model], *args.others)}
     nets |= {f"{args.model}, {form}": (args.model, form) for form in forms}
     return {
@@ -234,22 +226,6 @@ def _labels(args: argparse.Namespace) -> dict[str, tuple[str, str, str]]:
         for label, net in nets.items()
         for runtime in args.runtimes
     }
-
-
-def _infer(run: Callable[[Tensor], Tensor], x: Tensor, autocast: Any) -> Tensor:
-    with torch.inference_mode(), autocast():
-        return run(x)
-
-
-def _train(
-    run: Callable[[Tensor], Tensor], net: nn.Module, x: Tensor, autocast: Any, optimizer: torch.optim.Optimizer | None
-) -> None:
-    with autocast():
-        loss = run(x).float().square().mean()
-    loss.backward()
-    if optimizer is not None:
-        optimizer.step()
-    net.zero_grad()
 
 
 def memories(args: argparse.Namespace) -> list[Row]:
@@ -302,32 +278,6 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the rows of `layers`: time over the number of groups, one panel per width and format, one line per way."""
-    from matplotlib.figure import Figure
-
-    formats, ways = (list(dict.fromkeys(row[key] for row in rows)) for key in ("format", "way"))
-    widths = sorted({row["width"] for row in rows})
-    styles = {"fixed": "k--", "policy": "ko"}
-    figure = Figure(figsize=(3.2 * len(widths), 2.9 * len(formats) + 0.8), layout="constrained")
-    panels = figure.subplots(len(formats), len(widths), squeeze=False)
-    for axis, (name, width) in zip(panels.flat, itertools.product(formats, widths), strict=True):
-        for way in ways:
-            these = [row for row in rows if (row["format"], row["width"], row["way"]) == (name, width, way)]
-            x, y = ([row[key] for row in these] for key in ("groups", "ms"))
-            if way in styles:
-                axis.plot(x, y, styles[way], label=way, markersize=5)
-            else:
-                style: Any = dict(marker="x^sv+d1234"[int(way).bit_length() % 10], color="0.5")
-                axis.plot(x, y, **style, label=f"at least {way} channels", markersize=4, linewidth=0.9)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(yscale="log", title=f"{width} channels, {name}", xlabel="groups", ylabel="forward + backward, ms")
-    figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-
-
 def versions(device: str) -> Row:
     """Return what the figures depend on."""
     is_cuda = torch.device(device).type == "cuda"
@@ -340,10 +290,19 @@ def versions(device: str) -> Row:
     }
 
 
-def save(rows: Sequence[Row], path: Path, device: str) -> None:
-    """Write rows with the command of this process and the versions as JSON."""
+def save(rows: Sequence[Row], path: Path, device: str, **facts: Any) -> None:
+    """Write rows with the command of this process, the versions and further facts as JSON, one row per line."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    path.write_text(json.dumps({"command": command, **versions(device), "rows": list(rows)}, indent=1) + "\n")
+    write({"command": command, **versions(device), **facts, "rows": list(rows)}, path)
+
+
+def write(content: Row, path: Path) -> None:
+    """Replace a JSON file. A process that is stopped in between leaves the old file."""
+    head = json.dumps({key: value for key, value in content.items() if key != "rows"}).removesuffix("}")
+    rows = ",\n".join(f" {json.dumps(row)}" for row in content["rows"])
+    part = path.with_suffix(".part")
+    part.write_text(f'{head}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    part.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -388,7 +347,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each network or layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows of layers (extra 'plot')")
     return parser
 
 
@@ -396,21 +354,15 @@ def main() -> None:
     """Run the command line."""
     parser = _parser()
     args = parser.parse_args()
-    if args.plot and args.what != "layers":
-        parser.error("--plot draws layers only: python benchmarks/bench.py layers --plot FILE")
     if args.what != "infer" and not {"eager", "torch.compile"} >= set(args.runtimes):
         parser.error(f"--runtimes {' '.join(args.runtimes)} is not for training; use eager and torch.compile")
     try:
-        if args.plot:
-            plots.check(args.plot)
         rows = {"layers": layers, "memory": memories}.get(args.what, networks)(args)
         print(table(rows))
         print(", ".join(f"{key} {value}" for key, value in versions(args.device).items()))
         if args.json:
             save(rows, args.json, args.device)
-        if args.plot:
-            plot(rows, args.plot, f"{versions(args.device)['device']}, {args.dtype}, batch {args.batch_size}")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 

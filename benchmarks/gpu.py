@@ -1,10 +1,8 @@
 """Check and measure what needs a GPU, in stages.
 
     python benchmarks/gpu.py                               # all stages, each below ten minutes
-    python benchmarks/gpu.py networks profile --out results
+    python benchmarks/gpu.py networks --out results
     python benchmarks/gpu.py --dry-run                     # the same code, tiny and on the CPU
-
-`python benchmarks/bench.py layers --device cuda --dtype bfloat16` measures single layers.
 
 Each stage runs in its own process with a time limit, so a crash or a hang costs one stage. The folder of the results
 gets STAGE.json, written after every row, and STAGE.log, the output of the process. summary.md has the tables of all
@@ -31,30 +29,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from bench import BASELINES, Row, build, table, versions
+from bench import BASELINES, FORMS, ONLY_INFERENCE, Row, build, save, step, table, write
 from PIL import Image
-from torch import Tensor, nn
-
-from timm_dgconv import DGConv2d
-from timm_dgconv.layers import gate_reader
+from torch.utils.benchmark import Timer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIMITS = {"tests": 420, "gates": 580, "networks": 580, "profile": 580, "scripts": 580}
+LIMITS = {"tests": 420, "networks": 580, "scripts": 580}
 """Seconds after which a stage is stopped."""
 
 GROUPS = 32
-GATE_STEPS = 40
-WARM_UP = 3
-"""Calls before a measurement. cuDNN measures its algorithms in these calls, and torch.compile compiles."""
 
-NETWORKS = {"g_resnext50": 256, "g_resnext101": 128}
-"""Batch size of the G-ResNeXts."""
-
-OTHERS = {"g_resnext50": ("wide_resnet50_2", "resnext101_32x4d")}
-"""Networks to measure besides the baseline."""
-
-FORMS = ("learnable", "sorted", "unsorted", "frozen", "masked dense", "deployed")
-"""Forms of a G-ResNeXt, see `bench.FORMS`. Random gates are closed."""
+NETWORKS = {"g_resnext50": (256, ("wide_resnet50_2", "resnext101_32x4d")), "g_resnext101": (128, ())}
+"""Batch size of the G-ResNeXts, and networks to measure besides the baseline."""
 
 TRAIN = "train.py --epochs 2 --warmup-epochs 0 --lr 0.02 --log-interval 5 --checkpoint-hist 1 --output runs"
 VALIDATE = "validate.py --checkpoint runs/amp/last.pth.tar"
@@ -91,10 +77,6 @@ class Stage:
         if not self.dry_run:
             torch.cuda.synchronize()
 
-    def autocast(self) -> torch.autocast:
-        """Return the context of all measurements."""
-        return torch.autocast(self.device.type, torch.bfloat16)
-
     def add(self, **row: Any) -> None:
         """Print a row and write all rows. A row with the key `error` makes the stage fail."""
         for key in row.keys() & {"error", "skipped", "scores"}:
@@ -105,17 +87,13 @@ class Stage:
 
     def save(self, result: str = "running") -> None:
         """Write the rows, with what they depend on."""
-        command = f"python benchmarks/gpu.py {self.name}{' --dry-run' if self.dry_run else ''}"
-        facts = {"command": command, **versions(self.device.type), "cudnn": torch.backends.cudnn.version()}
-        content = {**facts, "result": result, "seconds": round(time.monotonic() - self.start), "rows": self.rows}
-        _write(self.out / f"{self.name}.json", content)
-
-
-def _write(path: Path, content: Any) -> None:
-    """Replace a JSON file. A process that is stopped in between leaves the old file."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+        facts: Row = {
+            "command": f"python benchmarks/gpu.py {self.name}{' --dry-run' if self.dry_run else ''}",
+            "cudnn": torch.backends.cudnn.version(),
+            "result": result,
+            "seconds": round(time.monotonic() - self.start),
+        }
+        save(self.rows, self.out / f"{self.name}.json", self.device.type, **facts)
 
 
 def tests(stage: Stage) -> None:
@@ -134,110 +112,30 @@ def tests(stage: Stage) -> None:
     stage.add(**row)
 
 
-def gates(stage: Stage) -> None:
-    """Compare outputs with the masked dense form after changes of gates that leave their version as it is."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+def kernels(stage: Stage, call: Callable[[], Any]) -> Row:
+    """Return the number of kernels of a call, and the sum of their times."""
     if stage.dry_run:
-        gate_reader.READ_DIRECTLY = set()
-    torch.manual_seed(0)
-    first, second = layers = [DGConv2d(16, 16, 3, padding=1, sort=sort, device=stage.device) for sort in (True, False)]
-    net = nn.Sequential(first, nn.ReLU(), second)
-    gate_reader.read_once_per_call(net)
-    x = torch.randn(4, 16, 5, 5, device=stage.device)
-
-    def signs() -> Tensor:
-        return torch.cat([layer.gate.detach() for layer in layers]).signbit()
-
-    def is_right() -> bool:
-        """Compare the two forms. Give the parameters random gradients, with which gates flip often."""
-        y = net(x)
-        with torch.no_grad():
-            expected = second.masked_dense(first.masked_dense(x).relu())
-        for layer in layers:
-            layer.zero_grad()
-        (y * torch.randn_like(y)).mean().backward()
-        return bool((y - expected).abs().max() <= 1e-4 * expected.abs().max())
-
-    def edit_data() -> None:
-        for layer in layers:
-            layer.gate.data.copy_(torch.randn_like(layer.gate))
-
-    is_right()
-    changes: dict[str, Callable[[], Any]] = {".data.copy_": edit_data}
-    for name in ("SGD", "Adam", "AdamW", "Adagrad"):
-        groups: list[Any] = [{"params": [layer.gate], "lr": 0.1} for layer in layers]
-        groups += [{"params": [layer.weight], "lr": 1e-3} for layer in layers]
-        try:
-            optimizer = getattr(torch.optim, name)(groups, fused=True)
-            optimizer.step()
-            changes[f"{name}, fused"] = optimizer.step
-        except (RuntimeError, TypeError) as unsupported:
-            stage.add(change=f"{name}, fused", skipped=unsupported)
-    if stage.dry_run:
-        stage.add(change="replay of a CUDA graph", skipped="needs CUDA")
-    else:
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
-            for layer in layers:
-                layer.gate.neg_()
-        changes["replay of a CUDA graph"] = graph.replay
-    for name, change in changes.items():
-        with torch.no_grad():
-            for layer in layers:  # near zero, where all changes flip gates
-                layer.gate.mul_(1e-3)
-        is_right()
-        flips = wrong = 0
-        for _ in range(GATE_STEPS):
-            before = signs()
-            change()
-            flips += int((signs() != before).sum())
-            wrong += not is_right()
-        row: Row = dict(change=name, steps=GATE_STEPS, flips=flips, wrong_outputs=wrong)
-        if wrong or not flips:
-            row["error"] = "wrong outputs" if wrong else "no gate flips"
-        stage.add(**row)
-
-
-def milliseconds(stage: Stage, call: Callable[[], Any]) -> float:
-    """Return the time of a call: the mean of a block of calls, in the fastest block."""
-    for _ in range(WARM_UP):
-        call()
-    blocks, calls = (1, 2) if stage.dry_run else (3, 4)
-    times = []
-    for _ in range(blocks):
-        stage.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        stage.synchronize()
-        times.append(time.perf_counter() - start)
-    return round(1e3 * min(times) / calls, 4)
-
-
-def kernels(stage: Stage, call: Callable[[], Any]) -> tuple[torch.profiler.profile, Row]:
-    """Profile a call. Return the profile, and the number of kernels with the sum of their times."""
+        return {"kernel_ms": None, "kernels": None}
     with torch.profiler.profile() as profiler:
         call()
         stage.synchronize()
-    if stage.dry_run:
-        return profiler, {"kernel_ms": None, "kernels": None}
     events: Any = [event for event in profiler.events() if event.device_type.name == "CUDA"]
     microseconds = [event.time_range.elapsed_us() for event in events if not event.is_user_annotation]
-    return profiler, {"kernel_ms": round(sum(microseconds) / 1e3, 3), "kernels": len(microseconds)}
+    return {"kernel_ms": round(sum(microseconds) / 1e3, 3), "kernels": len(microseconds)}
 
 
 def networks(stage: Stage) -> None:
     """Measure training and inference of G-ResNeXts and of ResNets. The first network is the baseline of ratios."""
-    models = {"test_g_resnext": 2} if stage.dry_run else NETWORKS
-    for mode, (model, batch) in itertools.product(("eager", "default", "reduce-overhead"), models.items()):
-        labels = [BASELINES[model], *OTHERS.get(model, ()), *FORMS]
+    models = {"test_g_resnext": (2, ())} if stage.dry_run else NETWORKS
+    for mode, (model, (batch, others)) in itertools.product(("eager", "default", "reduce-overhead"), models.items()):
+        labels = [BASELINES[model], *others, *FORMS]
         baseline: dict[str, float] = {}
         if mode != "eager":
             labels = [BASELINES[model], "learnable", "deployed"] if model == "g_resnext50" else []
         for label, what in itertools.product(labels, ("train", "infer")):
-            if what == "train" and (label == "deployed" or mode == "reduce-overhead"):
+            if what == "train" and (label in ONLY_INFERENCE or mode == "reduce-overhead"):
                 continue
-            row = dict(model=model, form=label, what=what, mode=mode, batch=batch)
+            row: Row = dict(model=model, form=label, what=what, mode=mode, batch=batch)
             try:
                 row |= _measure_network(stage, **row)
                 row["images_per_s"] = round(1e3 * batch / row["ms"])
@@ -252,9 +150,10 @@ def networks(stage: Stage) -> None:
 
 
 def _measure_network(stage: Stage, **case: Any) -> Row:
-    """Return the time, the time until a call returns on an idle device, the kernels, and the peak memory."""
+    """Return the median time, the time until a call returns on an idle device, the kernels, and the peak memory."""
     call = _network(stage, **case)
-    row: Row = {"ms": milliseconds(stage, call)}
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    median = timer.blocked_autorange(min_run_time=0.01 if stage.dry_run else 1.0).median
     peak, host = None, []
     if not stage.dry_run:
         torch.cuda.reset_peak_memory_stats()
@@ -266,44 +165,20 @@ def _measure_network(stage: Stage, **case: Any) -> Row:
     stage.synchronize()
     if not stage.dry_run:
         peak = round(torch.cuda.max_memory_allocated() / 2**20)
-    return {**row, "host_ms": round(1e3 * min(host), 3), **kernels(stage, call)[1], "peak_MiB": peak}
+    times = {"ms": round(1e3 * median, 4), "host_ms": round(1e3 * min(host), 3)}
+    return {**times, **kernels(stage, call), "peak_MiB": peak}
 
 
-def _network(stage: Stage, model: str, form: str, what: str, mode: str, batch: int) -> Callable[[], None]:
-    """Return a training step or inference of a G-ResNeXt in one of the `FORMS`, or of the network with this name."""
+def _network(stage: Stage, model: str, form: str, what: str, mode: str, batch: int) -> Callable[[], Any]:
+    """Return a training step or inference of a G-ResNeXt in one of its forms, or of the network with this name."""
     torch.compiler.reset()
     gc.collect()  # models before this one must not count towards the peak memory
-    torch.manual_seed(0)
-    with stage.device:
-        name = model if form in FORMS else form
-        net: Any = build(name, form, GROUPS, permuted=True).train(what == "train")
-        x = torch.randn(batch, 3, *[32 if stage.dry_run else 224] * 2).to(memory_format=torch.channels_last)
-    net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
+    like: Any = dict(device=stage.device, memory_format=torch.channels_last)
+    name = model if form in FORMS else form
+    net: Any = build(name, form, GROUPS, permuted=True, training=what == "train").to(**like)
+    x = torch.randn(batch, 3, *[32 if stage.dry_run else 224] * 2).to(**like)
     run = net if mode == "eager" else torch.compile(net, mode=mode)
-
-    def call() -> None:
-        with torch.inference_mode(what == "infer"), stage.autocast():
-            y = run(x)
-        if what == "train":
-            y.float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return call
-
-
-def profile(stage: Stage) -> None:
-    """Write tables of torch's profiler for a G-ResNeXt and its baseline."""
-    model, batch = ("test_g_resnext", 2) if stage.dry_run else ("g_resnext50", NETWORKS["g_resnext50"])
-    for form, what in itertools.product((BASELINES[model], "learnable"), ("train", "infer")):
-        call = _network(stage, model, form, what, "eager", batch)
-        ms = milliseconds(stage, call)
-        profiler, row = kernels(stage, call)
-        path = stage.out / f"profile_{model if form in FORMS else form}_{what}.txt"
-        column = f"self_{'cpu' if stage.dry_run else 'device'}_time_total"
-        path.write_text(profiler.key_averages().table(column, row_limit=40, max_name_column_width=90) + "\n")
-        stage.add(form=form, what=what, ms=ms, **row, file=path.name)
+    return step(run, net, x, "sgd" if what == "train" else what, torch.bfloat16)
 
 
 def scripts(stage: Stage) -> None:
@@ -341,7 +216,7 @@ def scripts(stage: Stage) -> None:
         stage.add(**row)
 
 
-STAGES: dict[str, Callable[[Stage], None]] = {f.__name__: f for f in (tests, gates, networks, profile, scripts)}
+STAGES: dict[str, Callable[[Stage], None]] = {f.__name__: f for f in (tests, networks, scripts)}
 
 
 def run_here(name: str, out: Path, dry_run: bool) -> None:
@@ -377,7 +252,7 @@ def run_alone(name: str, out: Path, dry_run: bool) -> None:
                 process.wait()
     content = json.loads(path.read_text()) if path.exists() else {"result": "running", "rows": []}
     if content["result"] == "running":
-        _write(path, {**content, "result": ending})
+        write({**content, "result": ending}, path)
 
 
 def summarise(out: Path) -> dict[str, str]:

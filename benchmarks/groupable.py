@@ -18,6 +18,7 @@ columns are:
 
 import argparse
 import copy
+import json
 import logging
 import warnings
 from collections import Counter
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench
 import timm
 import torch
 import torchvision
@@ -41,11 +43,7 @@ NETWORKS = (
     *("hardcorenas_a", "ghostnet_100", "convnext_atto", "nf_resnet50", "test_byobnet"),
     *("torchvision resnet50", "torchvision googlenet", "smp Unet resnet18", "ultralytics yolov8n"),
 )
-METHODS = {"outputs": "forward", "features": "forward_features", "intermediates": "forward_intermediates"}
-COLUMNS = (
-    *("network", "converted", "skipped convolutions", "after groupable", "after closing gates", "compact: outputs"),
-    *("features", "intermediates", "in training mode", "reparameterized", "modules of another type", "index nodes"),
-)
+METHODS = {"compact: outputs": "forward", "features": "forward_features", "intermediates": "forward_intermediates"}
 Outputs = dict[str, list[Tensor]]
 
 
@@ -118,8 +116,8 @@ def count_index_nodes(model: nn.Module, images: Tensor) -> int:
     return sum(name in target for target in targets for name in ("index_select", "aten.index.Tensor", "gather"))
 
 
-def row(name: str, closed: float) -> list[str]:
-    """Return the cells of a network."""
+def row(name: str) -> bench.Row:
+    """Return the row of a network."""
     model: Any = create(name)
     where = is_3x3 if name.startswith("ultralytics") else None
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
@@ -130,14 +128,14 @@ def row(name: str, closed: float) -> list[str]:
     try:
         groupable(model, where)
     except ValueError:
-        return [name, "0", skipped, "refused", *[""] * (len(COLUMNS) - 4)]
+        return {"network": name, "converted": 0, "skipped convolutions": skipped, "after groupable": "refused"}
     convs = [module for module in model.modules() if isinstance(module, DGConv2d)]
-    same = differences(run(model, images), before)["outputs"]
+    same = differences(run(model, images), before)["compact: outputs"]
     for conv in convs:
         with torch.no_grad():
-            conv.gate[torch.rand_like(conv.gate) < closed] *= -1
+            conv.gate[torch.rand_like(conv.gate) < 0.5] *= -1
     after = run(model, images)
-    changed = differences(after, before)["outputs"]
+    changed = differences(after, before)["compact: outputs"]
     small: Any = compact(model)
     found = differences(run(small, images), after)
     found |= differences(run(small, images, training=True), run(model, images, training=True))
@@ -146,10 +144,12 @@ def row(name: str, closed: float) -> list[str]:
     else:
         deployed = [copy.deepcopy(small).fuse()]
     fused = max(value for net in deployed for value in differences(run(net, images), after).values())
-    others = sum(types[key] is not type(module) for key, module in small.named_modules())
-    cells = [f"{found[key]:.0e}" if key in found else "" for key in (*METHODS, "in training mode")]
-    nodes = str(count_index_nodes(small, images))
-    return [name, str(len(convs)), skipped, f"{same:.0e}", f"{changed:.2f}", *cells, f"{fused:.0e}", str(others), nodes]
+    result: bench.Row = {"network": name, "converted": len(convs), "skipped convolutions": skipped}
+    result |= {"after groupable": f"{same:.0e}", "after closing gates": f"{changed:.2f}"}
+    result |= {key: f"{found[key]:.0e}" if key in found else "" for key in (*METHODS, "in training mode")}
+    result["reparameterized"] = f"{fused:.0e}"
+    result["modules of another type"] = sum(types[key] is not type(module) for key, module in small.named_modules())
+    return result | {"index nodes": count_index_nodes(small, images)}
 
 
 def _short(reason: str) -> str:
@@ -171,26 +171,24 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
-    parser.add_argument("--closed", type=float, default=0.5, help="share of the gates to close")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of groupable.md; created if it is missing")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    print("\n".join(lines), flush=True)
+    rows: list[bench.Row] = []
     for name in args.networks:
         try:
-            cells = row(name, args.closed)
+            rows.append(row(name))
         except ImportError as error:
-            cells = [name, f"not run: {error}", *[""] * (len(COLUMNS) - 2)]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+            rows.append({"network": name, "converted": f"not run: {error}"})
+        print(json.dumps(rows[-1]), flush=True)
+    print(bench.table(rows))
     if args.output:
         used = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
         text = ["# Networks whose convolutions learn their groups", "", *(__doc__ or "").splitlines()]
-        text += ["", used, "", *lines]
+        text += ["", used, "", bench.table(rows)]
         (args.output / "groupable.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

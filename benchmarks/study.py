@@ -5,7 +5,7 @@
     python benchmarks/study.py --report                   # table and figure of the finished runs
     python benchmarks/study.py --data-dir data --forms    # the forms of gates, with two optimizers
     python benchmarks/study.py --report --forms           # their table
-    python benchmarks/study.py --data-dir data --model g_resnet18 --output study_g_resnet18
+    python benchmarks/study.py --data-dir data --model g_resnet18     # another network
 
 `--data-dir` is the folder with FashionMNIST/raw, as torchvision writes it. `--download` fetches the images. The files
 of Debian's package dataset-fashion-mnist work, too:
@@ -14,7 +14,8 @@ of Debian's package dataset-fashion-mnist work, too:
     gunzip data/FashionMNIST/raw/*.gz
 
 Each finished run is one row of study.json in `--output` (with `--forms` of study_forms.json), and a second call skips
-it. The most important runs come first. The pruned networks need torch-pruning.
+it. A row has top-1 and the flips of gates for each epoch, and the rest as it is after the last epoch. The most
+important runs come first. The pruned networks need torch-pruning.
 """
 
 import argparse
@@ -27,7 +28,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fractions import Fraction
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter, ModelEmaV3, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +143,7 @@ def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
     if dense:
         model.load_state_dict(dense)
     if dense or run.variant not in ARGS:
-        set_gates(model)
+        bench.set_groups(model, 1)
     if run.variant in PRUNED:
         return prune(model, run)
     if run.variant not in ARGS:
@@ -155,12 +155,6 @@ def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
 def dgconvs(model: nn.Module) -> list[DGConv2d]:
     """Return the DGConv2d layers."""
     return [module for module in model.modules() if isinstance(module, DGConv2d)]
-
-
-def set_gates(model: nn.Module) -> None:
-    """Open all gates."""
-    for conv in dgconvs(model):
-        conv.reset_gate(1)
 
 
 @torch.no_grad()
@@ -176,8 +170,7 @@ def spread_slopes(model: nn.Module) -> None:
 def close_gates(model: nn.Module, density: float, shuffle: bool) -> None:
     """Close gates to reach a density: the first ones of each layer, or random ones as long as they are needed."""
     if not shuffle:
-        for conv in dgconvs(model):
-            conv.reset_gate(round(1 / density))
+        bench.set_groups(model, round(1 / density))
         return
     gates = [(conv, k) for conv in dgconvs(model) for k in range(len(conv.gate))]
     excess = (group_report(model).density - density) * sum(c.in_channels * c.out_channels for c in dgconvs(model))
@@ -227,13 +220,10 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
     loaders = [
         create_loader(
             create_dataset("torch/fashion_mnist", args.data_dir, split=split, download=args.download),
-            input_size=DATA["input_size"],
             batch_size=args.batch_size if split == "train" else 500,
             is_training=split == "train",
             no_aug=True,
-            crop_pct=DATA["crop_pct"],
-            mean=DATA["mean"],
-            std=DATA["std"],
+            **DATA,
             num_workers=0,
             persistent_workers=False,
             device=device,
@@ -256,15 +246,14 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
     average = ModelEmaV3(model, decay=0.99)
     loss_fn = nn.CrossEntropyLoss()
     pattern = gate_pattern(model)
-    report = partial(snapshot, model, run.variant in PRUNED)
-    history: list[bench.Row] = [report(flips=0)]
+    top1: list[float] = []
+    flips: list[int] = []
     step = 0
     for _ in range(epochs):
         model.train()
-        meter, flips = AverageMeter(), 0
+        flips.append(0)
         for images, labels in itertools.islice(loaders[0], steps_per_epoch):
             loss = loss_fn(model(images.contiguous(memory_format=torch.channels_last)), labels)
-            meter.update(loss.item(), labels.numel())
             if run.variant == "paper":
                 loss = constrained_loss(loss, model, run.target)
             optimizer.zero_grad()
@@ -274,13 +263,13 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
             step += 1
             scheduler.step_update(step)
             before, pattern = pattern, gate_pattern(model)
-            flips += int((before != pattern).sum())
-        top1, _ = demo.evaluate(model, loaders[1], device)
-        averaged, _ = demo.evaluate(average.module, loaders[1], device)
-        history.append(report(flips=flips, loss=meter.avg, top1=top1, top1_averaged=averaged))
+            flips[-1] += int((before != pattern).sum())
+        top1.append(round(demo.evaluate(model, loaders[1], device)[0], 2))
+    averaged = round(demo.evaluate(average.module, loaders[1], device)[0], 2)
     if (run.start, run.variant) == ("scratch", "dense"):
         torch.save(model.state_dict(), saved)
-    return {**run._asdict(), "history": history, "seconds": time.monotonic() - start}
+    result = dict(top1=top1, top1_averaged=averaged, flips=flips, seconds=round(time.monotonic() - start))
+    return {**run._asdict(), **result, **snapshot(model, run.variant in PRUNED)}
 
 
 def gate_pattern(model: nn.Module) -> Tensor:
@@ -297,56 +286,59 @@ def multiply_adds(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def snapshot(model: nn.Module, pruned: bool = False, **values: Any) -> bench.Row:
-    """Return density, groups and multiply-adds, or only the last of a pruned network, beside other values."""
+def snapshot(model: nn.Module, pruned: bool = False) -> bench.Row:
+    """Return density, groups and multiply-adds, or only the last of a pruned network."""
     if pruned:
-        return {"macs": multiply_adds(model), **values}
+        return {"macs": multiply_adds(model)}
     report = group_report(model)
-    return {"density": report.density, "groups": layer_groups(model), "macs": report.learned.macs, **values}
+    return {"density": round(report.density, 5), "macs": report.learned.macs, "groups": layer_groups(model)}
 
 
-def select(
-    rows: list[bench.Row], start: str, variant: str, target: float, optimizer: str = "sgd"
-) -> list[list[bench.Row]]:
-    """Return the histories of these runs, one per seed."""
+def select(rows: list[bench.Row], start: str, variant: str, target: float, optimizer: str = "sgd") -> list[bench.Row]:
+    """Return the rows of these runs, one per seed."""
     wanted = dict(start=start, variant=variant, target=target, optimizer=optimizer)
-    return [row["history"] for row in rows if wanted.items() <= row.items()]
+    return [row for row in rows if wanted.items() <= row.items()]
 
 
-def mean(histories: list[list[bench.Row]], name: str, epoch: int = -1) -> float:
+def mean(rows: list[bench.Row], name: str) -> float:
     """Return the mean over the seeds."""
-    return statistics.mean(history[epoch][name] for history in histories)
+    return statistics.mean(row[name] for row in rows)
 
 
-def mean_groups(histories: list[list[bench.Row]]) -> list[float]:
+def curve(rows: list[bench.Row], name: str) -> list[float]:
+    """Return the mean over the seeds for each epoch."""
+    return [statistics.mean(values) for values in zip(*(row[name] for row in rows), strict=True)]
+
+
+def mean_groups(rows: list[bench.Row]) -> list[float]:
     """Return the geometric mean of the groups of each layer."""
-    layers = zip(*(history[-1]["groups"] for history in histories), strict=True)
+    layers = zip(*(row["groups"] for row in rows), strict=True)
     return [2 ** statistics.mean(map(math.log2, groups)) for groups in layers]
 
 
 def table(rows: list[bench.Row]) -> str:
     """Format the means over the seeds, with the smallest and largest value, as a Markdown table."""
-    lines = [
-        "| optimizer | start | target | variant | seeds | connections, % | multiply-adds, M | top-1, % "
-        "| of averaged weights, % | flips per epoch | groups per layer (geometric mean) |",
-        f"|{'---|' * 11}",
-    ]
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    result = []
     names = ("start", "variant", "target", "optimizer")
     for start, variant, target, optimizer in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        histories = select(rows, start, variant, target, optimizer)
-        cells = [optimizer, start, f"1/{1 / target:.0f}", variant, str(len(histories))]
+        seeds = select(rows, start, variant, target, optimizer)
         has_gates = variant not in PRUNED
-        cells.append(f"{100 * mean(histories, 'density'):.1f}" if has_gates else "")
-        cells.append(f"{mean(histories, 'macs') / 1e6:.2f}")
-        for name in ("top1", "top1_averaged"):
-            values = [history[-1][name] for history in histories]
-            cells.append(f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
-        epochs = range(1, len(histories[0]))
+        cells: bench.Row = {"optimizer": optimizer, "start": start, "target": f"1/{1 / target:.0f}"}
+        cells |= {"variant": variant, "seeds": len(seeds)}
+        cells["connections, %"] = f"{100 * mean(seeds, 'density'):.1f}" if has_gates else ""
+        cells["multiply-adds, M"] = f"{mean(seeds, 'macs') / 1e6:.2f}"
+        cells["top-1, %"] = spread([row["top1"][-1] for row in seeds])
+        cells["of averaged weights, %"] = spread([row["top1_averaged"] for row in seeds])
         learns = variant in ARGS
-        cells.append(", ".join(f"{mean(histories, 'flips', n):.0f}" for n in epochs) if learns else "")
-        cells.append(", ".join(f"{groups:.3g}" for groups in mean_groups(histories)) if has_gates else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells["flips per epoch"] = ", ".join(f"{flips:.0f}" for flips in curve(seeds, "flips")) if learns else ""
+        groups = mean_groups(seeds) if has_gates else []
+        cells["groups per layer (geometric mean)"] = ", ".join(f"{n:.3g}" for n in groups)
+        result.append(cells)
+    return bench.table(result)
 
 
 def plot(rows: list[bench.Row], path: Path) -> None:
@@ -362,32 +354,30 @@ def plot(rows: list[bench.Row], path: Path) -> None:
             found = [found for target in targets if (found := select(rows, start, variant, target))]
             if not found:
                 continue
-            x, y = [mean(h, "macs") / 1e6 for h in found], [mean(h, "top1") for h in found]
-            ends = [[history[-1]["top1"] for history in histories] for histories in found]
-            bars = [
-                [m - min(e) for m, e in zip(y, ends, strict=True)],
-                [max(e) - m for m, e in zip(y, ends, strict=True)],
-            ]
-            accuracy.errorbar(x, y, bars, color=colors[variant], marker=marker, linewidth=0.8, capsize=2, label=variant)
+            ends = [[row["top1"][-1] for row in seeds] for seeds in found]
+            x, y = [mean(seeds, "macs") / 1e6 for seeds in found], list(map(statistics.mean, ends))
+            bars = list(zip(*[(m - min(e), max(e) - m) for m, e in zip(y, ends, strict=True)], strict=True))
+            style = dict(color=colors[variant], marker=marker, linewidth=0.8, capsize=2)
+            accuracy.errorbar(x, y, bars, **style, label=variant)
         accuracy.set(title=title, xlabel="multiply-adds, M", ylabel="top-1, %")
         for variant in ("held", "paper"):
             for target, line in zip(targets, ("--", "-"), strict=False):
-                histories = select(rows, start, variant, target)
-                if histories:
-                    y = mean_groups(histories)
+                seeds = select(rows, start, variant, target)
+                if seeds:
+                    y = mean_groups(seeds)
                     style = dict(color=colors[variant], linestyle=line, marker="o", markersize=3)
                     groups.plot(range(1, len(y) + 1), y, label=f"{variant}, 1/{1 / target:.0f}", **style)
         groups.set(title=title, xlabel="layer", ylabel="groups (geometric mean)")
         groups.set_yscale("log", base=2)
         groups.yaxis.set_major_formatter("{x:g}")
     for variant in ["fixed", *LEARNED]:
-        histories = select(rows, "scratch", variant, 1 / 8)
-        if histories:
-            x = list(range(1, len(histories[0])))
-            y = [[mean(histories, name, epoch) for epoch in x] for name in ("top1", "flips")]
-            epochs.plot(x[1:], y[0][1:], color=colors[variant], linewidth=1, label=variant)
+        seeds = select(rows, "scratch", variant, 1 / 8)
+        if seeds:
+            y = curve(seeds, "top1")
+            x = range(1, len(y) + 1)
+            epochs.plot(x[1:], y[1:], color=colors[variant], linewidth=1, label=variant)
             if variant in LEARNED:
-                flips.plot(x, y[1], color=colors[variant], linewidth=1, label=variant)
+                flips.plot(x, curve(seeds, "flips"), color=colors[variant], linewidth=1, label=variant)
     epochs.set(title="from scratch, 1/8 of the connections", xlabel="epoch", ylabel="top-1, %")
     flips.set(title="from scratch, 1/8 of the connections", xlabel="epoch", ylabel="flips of gates", yscale="symlog")
     for axis in axes.flat:
@@ -395,6 +385,12 @@ def plot(rows: list[bench.Row], path: Path) -> None:
         if axis.lines:
             axis.legend(fontsize=7, frameon=False, handlelength=3)
     figure.savefig(path, dpi=150)
+
+
+def place(row: bench.Row) -> tuple[Any, ...]:
+    """Return the key by which rows are sorted."""
+    ranks = [list(names).index(row[key]) for key, names in (("model", NETS), ("optimizer", OPTIMIZERS))]
+    return *ranks, row["start"] == "dense", -row["target"], VARIANTS.index(row["variant"]), row["seed"]
 
 
 def main() -> None:
@@ -410,12 +406,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a small part")
     parser.add_argument("--forms", action="store_true", help="compare the forms of gates")
-    parser.add_argument(
-        "--targets", type=Fraction, nargs="+", default=[Fraction(1, 8)], help="with --forms, such as 1/8 1/32"
-    )
-    parser.add_argument(
-        "--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS), help="with --forms"
-    )
+    parser.add_argument("--targets", type=Fraction, nargs="+", default=[Fraction(1, 8)], help="with --forms")
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS, help="with --forms")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--workers", type=int, default=2, help="processes with one thread each")
@@ -424,7 +416,6 @@ def main() -> None:
     args.output.mkdir(exist_ok=True)
     path = args.output / ("study_forms.json" if args.forms else "study.json")
     rows: list[bench.Row] = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [{**Run._field_defaults, **row} for row in rows]
     done = {tuple(row[key] for key in Run._fields) for row in rows}
     wanted = [] if args.report else runs(args.model, args.seeds, args.quick)
     if args.forms and not args.report:
@@ -434,19 +425,10 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, tqdm(total=len(todo)) as bar:
         for part in (needed, [run for run in todo if run not in needed]):
             for future in as_completed(pool.submit(train, run, args) for run in part):
-                rows.append(future.result())
+                rows = sorted([*rows, future.result()], key=place)
                 bench.save(rows, path, args.device)
                 bar.update()
-    order = list(OPTIMIZERS)
-    rows.sort(
-        key=lambda row: (
-            order.index(row["optimizer"]),
-            row["start"] == "dense",
-            -row["target"],
-            VARIANTS.index(row["variant"]),
-            row["seed"],
-        )
-    )
+    rows = [row for row in rows if row["model"] == args.model]
     print(table(rows))
     if args.model == "g_resnext50" and not args.forms:
         plot(rows, args.output / "study.png")
