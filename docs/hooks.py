@@ -14,7 +14,8 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "index.md", content=index))
     measured = sorted((ROOT / "benchmarks" / "results").glob("*.*"))
     operator = ROOT / "timm_dgconv" / "ops" / "README.md"
-    for path in [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", operator, *measured]:
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    for path in [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", operator, *measured, *examples]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
