@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import layers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--model", "test_g_resnext", "--batch-size", "2", "--img-size", "32", "--rounds", "2", "--groups", "4"]
@@ -30,45 +31,33 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("what", ["train", "infer"])
-def test_forms_of_a_network_are_measured(
-    bench: Any, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_forms_of_a_network_are_measured(bench: Any, what: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     bench.run(what, *TINY, "--device", "cpu", "--format", "nhwc", "--permuted", "--json", str(path))
-    written = json.loads(path.read_text())
-    assert written["command"].startswith(f"python benchmarks/bench.py {what} --model test_g_resnext")
-    assert written["torch"] == torch.__version__
-    baseline, *rows = written["rows"]
-    assert baseline["model"] == "test_resnet"
-    assert baseline["ratio"] == 1
+    baseline, *rows = json.loads(path.read_text())["rows"]
+    assert (baseline["model"], baseline["ratio"]) == ("test_resnet", 1)
     forms = {row["model"].partition(", ")[2] for row in rows}
     assert {"learnable", "frozen"} <= forms
     assert ({"compact", "deployed"} <= forms) == (what == "infer")
     for row in rows:
-        assert row["ms"] > 0
         assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
-        assert row["permuted"]
         assert what == "train" or row["largest_difference"] < 1e-5
-    assert "| test_g_resnext, learnable |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["learnable", "sorted", "unsorted", "frozen"])
 def test_measured_networks_have_the_groups(bench: Any, form: str) -> None:
-    layers = bench.build("test_g_resnext", form, 4, permuted=True).modules()
-    convs = [module for module in layers if hasattr(module, "num_groups")]
+    convs = layers(bench.build("test_g_resnext", form, 4, permuted=True))
     assert [conv.num_groups for conv in convs] == [4] * 4
     assert {(conv.sort, conv.nested) for conv in convs} == {(form != "unsorted", form != "sorted")}
     assert {conv.gate.requires_grad for conv in convs} == {form != "frozen"}
 
 
-def test_layers_are_measured_and_plotted(bench: Any, tmp_path: Path) -> None:
-    files = ["--plot", str(tmp_path / "layers.png"), "--json", str(tmp_path / "layers.json")]
-    bench.run("layers", "--device", "cpu", "--widths", "8", "12", *TINY, "--format", "nchw", *files)
-    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+def test_layers_are_measured(bench: Any, tmp_path: Path) -> None:
+    file = ["--json", str(tmp_path / "layers.json")]
+    bench.run("layers", "--device", "cpu", "--widths", "8", "12", *TINY, "--format", "nchw", *file)
     rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
     groups = {8: (1, 2, 4, 8), 12: (1, 2, 4)}
     assert {(row["width"], row["groups"]) for row in rows} == {(width, n) for width in groups for n in groups[width]}
-    assert {"fixed", "policy"} <= {row["way"] for row in rows}
 
 
 def test_memory_is_measured_by_a_script_in_another_folder(tmp_path: Path) -> None:
@@ -76,8 +65,7 @@ def test_memory_is_measured_by_a_script_in_another_folder(tmp_path: Path) -> Non
     command = [sys.executable, BENCHMARKS / "bench.py", "memory", *TINY, "--forms", "learnable", "--device", "cpu"]
     subprocess.run([*command, "--json", "rows.json"], cwd=tmp_path, check=True)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["test_resnet", "test_g_resnext, learnable"]
-    assert all(row["MiB"] > 0 for row in rows)
+    assert [row["model"] for row in rows if row["MiB"] > 0] == ["test_resnet", "test_g_resnext, learnable"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +73,6 @@ def test_memory_is_measured_by_a_script_in_another_folder(tmp_path: Path) -> Non
     [
         (["infer", "--groups", "3"], "groups=3 must be a power of two"),
         (["infer", "--forms", "thawed"], "invalid choice: 'thawed'"),
-        (["infer", "--plot", "x.png"], "--plot draws layers only"),
         (["train", "--runtimes", "eager", "openvino"], "--runtimes eager openvino is not for training"),
     ],
 )
@@ -118,6 +105,11 @@ def test_the_study_trains_each_run_once(bench: Any, tmp_path: Path) -> None:
     for _ in range(2):
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert "| scratch | 1/8 | paper | 1 |" in printed
-    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
-    assert [(row["variant"], len(row["history"])) for row in rows] == [("dense", 3), ("paper", 3)]
+    path = tmp_path / "study.json"
+    dense, paper = json.loads(path.read_text())["rows"]
+    assert len(path.read_text().splitlines()) == 4, "one line per row"
+    assert (dense["variant"], paper["variant"]) == ("dense", "paper")
+    assert dense["flips"] == [0, 0] != paper["flips"]
+    assert len(dense["top1"]) == len(paper["top1"]) == 2
+    assert dense["groups"] == [1] * 8
     assert (tmp_path / "study.png").exists()

@@ -9,25 +9,20 @@ import pytest
 
 from timm_dgconv.cli import main
 
-COMMANDS = {"demo": "digits", "convert": "--compact", "publish": "--dry-run", "inspect": "--layers"}
 
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_names_the_commands_and_their_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", "demo", "convert", "publish", "inspect", "measure"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*filter(None, [command]), "--help"])
     assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ([COMMANDS[command]] if command else COMMANDS))
+    assert f"usage: timm-dgconv {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "args",
     [
         [],
-        ["bench"],
         ["convert", "source"],
-        ["demo", "--epochs", "many"],
         ["inspect", "source", "--model", "g_resnext50", "--model-kwargs", "stem_type"],
     ],
 )

@@ -15,7 +15,7 @@ from conftest import gates, trained
 from timm.utils import reparameterize_model
 from torch import nn
 
-from timm_dgconv import DGConv2d, compact, freeze_groups
+from timm_dgconv import compact, freeze_groups
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in /proc")
 
@@ -38,10 +38,10 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def trainer(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
+def trainer(model: nn.Module) -> Callable[[], None]:
     """A step of an optimizer, after gates have opened and closed in one of 16 ways."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
-    x, count = torch.randn(shape), itertools.count()
+    x, count = torch.randn(2, 3, 32, 32), itertools.count()
 
     def step() -> None:
         random = torch.Generator().manual_seed(next(count) % 16)
@@ -55,28 +55,18 @@ def trainer(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
     return step
 
 
-def check_flat(step: Callable[[], None], warm_up: int, steps: int) -> None:
+@pytest.mark.usefixtures("gate_reads")
+@pytest.mark.parametrize(("warm_up", "steps"), [(60, 60), pytest.param(300, 700, marks=slow)])
+@STEERING
+def test_steps_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) -> None:
+    step = trainer(trained(num_classes=5, **kwargs))
     for _ in range(warm_up):
         step()
     memory, objects = resident(), len(gc.get_objects())
     for _ in range(steps):
         step()
-    more_memory, more_objects = resident() - memory, len(gc.get_objects()) - objects
-    assert more_memory < 8
-    assert more_objects < 200
-
-
-@pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize(("warm_up", "steps"), [(100, 200), pytest.param(1000, 3000, marks=slow)])
-def test_steps_of_a_layer_keep_no_memory(warm_up: int, steps: int) -> None:
-    check_flat(trainer(DGConv2d(16, 16, 3, padding=1), (2, 16, 6, 6)), warm_up, steps)
-
-
-@pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize(("warm_up", "steps"), [(60, 60), pytest.param(300, 700, marks=slow)])
-@STEERING
-def test_steps_of_a_network_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) -> None:
-    check_flat(trainer(trained(num_classes=5, **kwargs), (2, 3, 32, 32)), warm_up, steps)
+    assert resident() - memory < 8
+    assert len(gc.get_objects()) - objects < 200
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=slow)])
@@ -86,7 +76,7 @@ def test_networks_come_and_go(count: int, kwargs: dict[str, Any]) -> None:
 
     def once() -> None:
         model = trained(num_classes=5, **kwargs)
-        trainer(model, (2, 3, 32, 32))()
+        trainer(model)()
         for form in (compact, reparameterize_model, lambda model: freeze_groups(copy.deepcopy(model))):
             form(model)
         models.append(weakref.ref(model))

@@ -13,8 +13,21 @@ from torch.testing import assert_close
 import timm_dgconv
 from timm_dgconv import DGConv2d
 
-TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 NUM_CASES = 8
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
+RUNS = pytest.mark.parametrize(
+    ("device", "dtype", "autocast", "rtol"),
+    [
+        pytest.param("cpu", torch.float64, False, 1e-9, id="float64"),
+        pytest.param("cuda", torch.float32, False, 1e-4, id="float32", marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float32, True, 5e-2, id="bfloat16", marks=pytest.mark.gpu),
+    ],
+)
+
+
+def _assert_close(value: Tensor, expected: Tensor, rtol: float) -> None:
+    """Sums of many rounded products are measured against the largest value."""
+    assert_close(value.double().cpu(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
 def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, Tensor], DGConv2d]:
@@ -29,38 +42,32 @@ def _case(parity: Vectors, case: int) -> tuple[dict[str, Any], dict[str, Tensor]
     if spec["sort"]:
         state_dict["sorted_gate"] = state_dict.pop("gate")
     conv.load_state_dict(state_dict)
-    assert conv.sort == spec["sort"]
     return spec, tensors, conv
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@RUNS
 @pytest.mark.parametrize("case", range(NUM_CASES))
 def test_a_layer_has_the_numbers_of_the_original(
-    parity: Vectors, case: int, memory_format: torch.memory_format
+    parity: Vectors, case: int, device: str, dtype: torch.dtype, autocast: bool, rtol: float
 ) -> None:
     spec, expected, conv = _case(parity, case)
-    conv.to(memory_format=memory_format)
-    x = expected["x"].to(memory_format=memory_format).requires_grad_()
-    y = conv(x)
-    assert_close(y, expected["y"], **TOLERANCE)
-    y.backward(expected["grad_y"])
-    assert_close(x.grad, expected["grad_x"], **TOLERANCE)
-    assert_close(conv.weight.grad, expected["grad_weight"], **TOLERANCE)
-    if spec["bias"]:
-        assert_close(conv.bias.grad, expected["grad_y"].sum((0, 2, 3)), **TOLERANCE)
-    assert ("grad_gate" in expected) == (not spec["sort"])
-    if not spec["sort"]:
-        assert_close(conv.gate.grad, expected["grad_gate"], **TOLERANCE)
-
-
-@pytest.mark.parametrize("case", range(NUM_CASES))
-def test_the_regularizer_has_the_numbers_of_the_original(parity: Vectors, case: int) -> None:
-    _, expected, conv = _case(parity, case)
     complexity = conv.complexity()
-    assert_close(complexity.reshape(1), expected["regularizer"], **TOLERANCE)
-    assert_close(conv.connectivity().sum().reshape(1), expected["regularizer"], **TOLERANCE)
+    assert complexity == conv.connectivity().sum() == expected["regularizer"]
     complexity.backward()
-    assert_close(conv.gate.grad, expected["grad_regularizer"], **TOLERANCE)
+    _assert_close(conv.gate.grad, expected["grad_regularizer"], 1e-9)
+    conv.zero_grad()
+    conv.to(device, dtype)
+    x = expected["x"].to(device, dtype).requires_grad_()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        y = conv(x)
+    y.backward(expected["grad_y"].to(device, y.dtype))
+    found = {"y": y, "grad_x": x.grad, "grad_weight": conv.weight.grad}
+    if spec["bias"]:
+        expected["grad_bias"], found["grad_bias"] = expected["grad_y"].sum((0, 2, 3)), conv.bias.grad
+    if not spec["sort"]:  # the vectors have no gradients of sorted gates
+        found["grad_gate"] = conv.gate.grad
+    for name, value in found.items():
+        _assert_close(value, expected[name], rtol)
 
 
 def _network(name: str, expected: dict[str, Any]) -> tuple[nn.Module, Tensor, int]:
@@ -95,32 +102,13 @@ def test_a_network_has_the_numbers_of_the_original(parity: Vectors, name: str) -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", range(NUM_CASES))
-@pytest.mark.parametrize(("autocast", "rtol"), [(False, 1e-4), (True, 5e-2)], ids=["float32", "bfloat16"])
-def test_a_layer_on_cuda_has_the_numbers_of_the_original(
-    parity: Vectors, case: int, autocast: bool, rtol: float
-) -> None:
-    _, expected, conv = _case(parity, case)
-    conv.to("cuda", torch.float32)
-    x = expected["x"].to("cuda", torch.float32).requires_grad_()
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        y = conv(x)
-    y.backward(expected["grad_y"].to("cuda", y.dtype))
-    grads = {"grad_x": x.grad, "grad_weight": conv.weight.grad, "grad_gate": conv.gate.grad, "y": y}
-    for key, value in grads.items():
-        if key in expected:
-            # Sums of many rounded products: measured against the largest value, not each.
-            assert_close(value.double().cpu(), expected[key], rtol=rtol, atol=rtol * float(expected[key].abs().max()))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["g_resnext50", "g_resnext101"])
 def test_a_network_on_cuda_has_the_numbers_of_the_original(parity: Vectors, name: str) -> None:
     expected, metadata = parity(name)
     model, x, _ = _network(name, metadata)
-    model, x, wanted = model.to("cuda", torch.float32), x.to("cuda", torch.float32), expected["logits"]
+    model, x = model.to("cuda", torch.float32), x.to("cuda", torch.float32)
     with torch.inference_mode():
         for autocast, rtol in [(False, 1e-3), (True, 5e-2)]:
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
                 logits = model(x)
-            assert_close(logits.double().cpu(), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+            _assert_close(logits, expected["logits"], rtol)

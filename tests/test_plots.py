@@ -24,8 +24,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize(("suffix", "signature"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("count", "suffix", "signature"), [(1, ".png", b"\x89PNG"), (1, ".svg", b"<?xml"), (3, ".pdf", b"%PDF")]
+)
 def test_a_plot_is_written_in_the_format_of_its_name(
     run: list[str], count: int, suffix: str, signature: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

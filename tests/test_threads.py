@@ -12,7 +12,7 @@ from conftest import gates, trained
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from timm_dgconv import compact, freeze_groups
+from timm_dgconv import compact
 
 THREADS = 8
 TIMEOUT = 120  # seconds, for a thread that waits for ever
@@ -27,12 +27,6 @@ def network(**kwargs: Any) -> nn.Module:
         for gate in gates(model):
             gate.mul_(0.01)
     return model
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    frozen = copy.deepcopy(model)
-    freeze_groups(frozen)
-    return frozen
 
 
 def train(model: nn.Module, seed: int, steps: int = 6) -> list[Tensor]:
@@ -63,7 +57,7 @@ def test_threads_infer_while_copies_are_made(mode: Callable[[], torch.inference_
     def copies() -> int:
         made = 0
         while not done.is_set() or not made:
-            for form in (reparameterize_model, compact, freeze, copy.deepcopy):
+            for form in (reparameterize_model, compact, copy.deepcopy):
                 with torch.no_grad():
                     torch.testing.assert_close(form(model)(inputs[0]), expected[0], rtol=1e-4, atol=1e-4)
                 made += 1
@@ -75,7 +69,7 @@ def test_threads_infer_while_copies_are_made(mode: Callable[[], torch.inference_
             results = list(pool.map(infer, range(THREADS), timeout=TIMEOUT))
         finally:
             done.set()
-        assert copying.result(timeout=TIMEOUT) >= 4
+        assert copying.result(timeout=TIMEOUT) >= 3
     assert results == [True] * THREADS
 
 

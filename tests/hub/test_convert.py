@@ -4,10 +4,8 @@ import argparse
 import copy
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import timm
 import torch
 from conftest import assert_refused, outputs, trained
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from timm_dgconv import DGConv2d, group_report, layer_groups
@@ -75,7 +74,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
 @pytest.mark.parametrize(
-    "form", ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "bare.pt", "safetensors"]
+    "form",
+    ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "sorted_0_2.pth.tar", "bare.pt", "safetensors"],
 )
 def test_every_form_of_checkpoint_keeps_its_outputs(
     form: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -87,6 +87,9 @@ def test_every_form_of_checkpoint_keeps_its_outputs(
         safetensors.torch.save_file(model.state_dict(), source)
     elif form == "train.pth.tar":
         torch.save(train_checkpoint(another()) | {"state_dict_ema": model.state_dict()}, source)
+    elif form == "sorted_0_2.pth.tar":  # version 0.2 had one name for both readings of gates
+        state_dict = {name.replace("sorted_gate", "gate"): value for name, value in model.state_dict().items()}
+        torch.save(train_checkpoint(model, sort=True) | {"state_dict": state_dict}, source)
     elif form == "bare.pt":
         torch.save(copy.deepcopy(model).to(memory_format=torch.channels_last).state_dict(), source)
     else:
@@ -111,17 +114,98 @@ def test_every_form_of_checkpoint_keeps_its_outputs(
     config = json.loads((out / "config.json").read_text())
     assert config["num_classes"] == config["pretrained_cfg"]["num_classes"] == 11
     assert config.get("model_args", {}).get("groups") == (layer_groups(model) if compact else None)
+    assert compact or first.sort or config["model_args"]["sort"] is False
     with safetensors.safe_open(out / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_averaged_weights_are_optional(tmp_path: Path) -> None:
-    average, other = tiny(), another()
+@pytest.fixture(scope="module")
+def converted(checkpoint: str) -> bytes:
+    """The weights that convert writes."""
+    folder = Path(checkpoint).with_name("converted")
+    assert main(["convert", checkpoint, "--model", TINY, "--out", str(folder)]) == 0
+    return (folder / "model.safetensors").read_bytes()
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in tiny().state_dict().items()}
+
+
+def views() -> dict[str, torch.Tensor]:
+    """Tensors that share the memory of one buffer, as an optimizer with flat parameters makes them."""
+    state_dict = tiny().state_dict()
+    floats = [name for name, value in state_dict.items() if value.is_floating_point()]
+    parts = torch.cat([state_dict[name].flatten() for name in floats]).split([state_dict[n].numel() for n in floats])
+    return state_dict | {name: part.view_as(state_dict[name]) for name, part in zip(floats, parts, strict=True)}
+
+
+WRAPPED: dict[str, Callable[[], dict[str, Any]]] = {
+    "transformers": lambda: prefixed("timm_model."),
+    "compiled in DistributedDataParallel": lambda: prefixed("module._orig_mod."),
+    "a backbone": lambda: {"state_dict": prefixed("backbone.net."), "epoch": 1, "args": {}},
+    "lightning": lambda: {
+        "state_dict": prefixed("model.") | {"criterion.weight": torch.ones(11)},
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "a compiled stage": lambda: {n.replace("layer1.", "layer1._orig_mod."): v for n, v in prefixed("").items()},
+    "an average": lambda: {"model": prefixed("total."), "model_ema": AveragedModel(tiny()).state_dict()},
+    "another entry": lambda: {"model_state_dict": prefixed(""), "optimizer_state_dict": {"state": {}}, "loss": 0.1},
+    "views": views,
+}
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "safetensors", *WRAPPED])
+def test_the_same_weights_in_another_file_are_converted_to_the_same_file(
+    kind: str, converted: bytes, tmp_path: Path
+) -> None:
+    source = tmp_path / "source.ckpt"
+    if kind == "pytorch_model.bin":
+        timm.models.save_for_hf(tiny(), source)
+        assert torch.equal(outputs(timm.create_model(f"local-dir:{source}", pretrained=True)), outputs(tiny()))
+    elif kind == "safetensors":  # with the name of another format
+        safetensors.torch.save_file(tiny().state_dict(), source)
+    else:
+        torch.save(WRAPPED[kind](), source)
+    assert main(["convert", str(source), "--model", TINY, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == converted
+
+
+@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
+def test_a_network_without_a_classifier(compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone, out = trained(num_classes=0).eval(), tmp_path / "out"
+    torch.save({"state_dict": {f"encoder.{n}": v for n, v in backbone.state_dict().items()}}, tmp_path / "ssl.pth")
+    source, options = str(tmp_path / "ssl.pth"), ["--compact"] if compact else []
+    assert main(["convert", source, "--model", TINY, "--out", str(out), *options]) == 0
+    assert main(["inspect", source, "--model", "test_g_resnext"]) == 0
+    assert main(["publish", str(out), "--repo", "owner/name", "--dry-run"]) == 0
+    assert_close(outputs(load(out)), outputs(backbone), rtol=0, atol=1e-5 if compact else 0)
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-feature-extraction" in card
+    assert "top5" not in card
+
+
+def test_labels_and_the_license_of_a_folder_are_kept(tmp_path: Path) -> None:
+    labels = {"label_names": list("abcdefghijk"), "label_descriptions": {"a": "ant"}}
+    timm.models.save_for_hf(tiny(), tmp_path / "source", model_config=dict(labels))
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text()) | {"model_args": None}  # as transformers writes it
+    config["pretrained_cfg"]["license"] = "apache-2.0"
+    path.write_text(json.dumps(config))
+    for source, out, options in ("source", "plain", []), ("plain", "compact", ["--compact"]):
+        args = [str(tmp_path / source), "--model", TINY, "--out", str(tmp_path / out), *options]
+        assert main(["convert", *args]) == 0
+        written = json.loads((tmp_path / out / "config.json").read_text())
+        assert {name: written[name] for name in labels} == labels
+        assert load(tmp_path / out).pretrained_cfg["label_names"] == labels["label_names"]
+        assert "license: apache-2.0" in (tmp_path / out / "README.md").read_text()
+
+
+def test_averaged_weights_can_be_left_out(tmp_path: Path) -> None:
+    """And test_every_form_of_checkpoint_keeps_its_outputs takes them."""
+    average, other, out = tiny(), another(), tmp_path / "out"
     torch.save({"model": other.state_dict(), "model_ema": average.state_dict()}, tmp_path / "both.pth")
-    for option, expected in ([], average), (["--no-ema"], other):
-        out = tmp_path / f"out{len(option)}"
-        assert main(["convert", str(tmp_path / "both.pth"), "--model", TINY, "--out", str(out), *option]) == 0
-        assert torch.equal(outputs(load(out)), outputs(expected))
+    assert main(["convert", str(tmp_path / "both.pth"), "--model", TINY, "--out", str(out), "--no-ema"]) == 0
+    assert torch.equal(outputs(load(out)), outputs(other))
 
 
 # Trainings with arguments that change the network.
@@ -168,11 +252,10 @@ def test_arguments_of_the_network_are_kept(
     assert main(["publish", str(out), "--repo", "owner/name", "--dry-run"]) == 0
 
 
-@pytest.mark.parametrize("stored", [{}, dict(STEM, stem_width=16)], ids=["no arguments", "other arguments"])
-def test_model_kwargs_override_the_checkpoint(stored: dict[str, Any], tmp_path: Path) -> None:
+def test_model_kwargs_override_the_checkpoint(tmp_path: Path) -> None:
     model = trained(**STEM).eval()
     source, out = tmp_path / "last.pth.tar", tmp_path / "out"
-    torch.save(train_checkpoint(model, **stored), source)
+    torch.save(train_checkpoint(model, **dict(STEM, stem_width=16)), source)
     options = ["--model-kwargs", *(f"{name}={value}" for name, value in STEM.items())]
     assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
     assert main(["inspect", str(source), "--model", "test_g_resnext", *options]) == 0
@@ -184,6 +267,10 @@ def test_model_kwargs_override_the_checkpoint(stored: dict[str, Any], tmp_path: 
     [
         (["nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
         (["stem_type=deep", "stem_width=x"], "cannot be built with {'stem_type': 'deep', 'stem_width': 'x'}"),
+        (["sort=false"], "sort='false' is not a bool; use True or False"),
+        (["architecture=resnet18"], "cannot be built with {'architecture': 'resnet18'}"),
+        (["init_groups=7"], "init_groups=7 does not change the network of a checkpoint; leave it out"),
+        (["num_classes=x", "scriptable=3"], "num_classes=x, scriptable=3 does not change the network"),
         (["stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
     ],
 )
@@ -200,12 +287,13 @@ DATA = dict(mean=[0.3], std=[0.2], crop_pct=1.0, interpolation="bilinear")
 
 
 def test_data_settings_of_the_training_are_kept(tmp_path: Path) -> None:
-    model = trained(num_classes=7, in_chans=1).eval()
+    """And timm's input size for tests of this network is not."""
+    model = trained("g_resnet18", num_classes=7, in_chans=1).eval()
     checkpoint = train_checkpoint(model)
     vars(checkpoint["args"]).update(DATA, in_chans=1, img_size=48, input_size=None)
     torch.save(checkpoint, tmp_path / "last.pth.tar")
     for source, out, options in ("last.pth.tar", "plain", []), ("plain", "compact", ["--compact"]):
-        args = [str(tmp_path / source), "--model", TINY, "--out", str(tmp_path / out), *options]
+        args = [str(tmp_path / source), "--model", "g_resnet18.resnet_a1_in1k", "--out", str(tmp_path / out), *options]
         assert main(["convert", *args]) == 0
         config = json.loads((tmp_path / out / "config.json").read_text())["pretrained_cfg"]
         assert config["input_size"] == [1, 48, 48]
@@ -220,7 +308,7 @@ def test_data_settings_of_the_training_are_kept(tmp_path: Path) -> None:
 # The baseline of the original release.
 
 
-def test_timm_loads_the_converted_baseline_without_this_package(tmp_path: Path) -> None:
+def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     baseline = timm.create_model("resnext50_32x4d", zero_init_last=False).eval()
     for module in baseline.modules():
@@ -232,20 +320,8 @@ def test_timm_loads_the_converted_baseline_without_this_package(tmp_path: Path) 
     assert main(["convert", str(tmp_path / "b.pth.tar"), "--model", BASELINE, "--out", str(out)]) == 0
     for name in ("README.md", "config.json") if RECORDS_ARGS else ("README.md",):
         assert (out / name).read_bytes() == (HUB_CONFIGS / BASELINE / name).read_bytes()
-    code = f"""
-import sys, timm, torch
-if {LOADS_FOLDERS}:
-    model = timm.create_model("local-dir:{out}", pretrained=True)
-else:
-    model = timm.create_model("resnext50_32x4d", checkpoint_path="{out}/model.safetensors")
-assert not [name for name in sys.modules if name.startswith("timm_dgconv")]
-images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-with torch.inference_mode():
-    torch.save(model.eval()(images), "{tmp_path}/outputs.pt")
-"""
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, check=True)
-    assert torch.equal(torch.load(tmp_path / "outputs.pt", weights_only=True), expected)
-
+    assert type(load(out)).__module__ == "timm.models.resnet"
+    assert torch.equal(outputs(load(out)), expected)
     ours = timm.create_model("g_resnext50", checkpoint_path=out / "model.safetensors")
     assert_close(outputs(ours), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     args = ["--model", "g_resnext50.resnext_mine", "--out", str(tmp_path / "compact"), "--compact"]
@@ -262,13 +338,15 @@ with torch.inference_mode():
         (["--out", "HERE"], "exists; use a new folder for --out"),
         (["--out", "HERE/none/out"], "is not a folder; create it"),
         (["--model", BASELINE, "--compact"], "without --compact"),
+        (["--model-kwargs", "nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
+        (["--model-kwargs", "stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
     ],
 )
 def test_wrong_options_are_named_in_one_line(
     args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
-    assert_refused(capsys, ["convert", checkpoint, *options], said)
+    assert_refused(capsys, ["convert", checkpoint, *options], "timm-dgconv convert: ", said)
     assert names(tmp_path) == []
 
 
@@ -281,14 +359,13 @@ def test_other_outputs_after_the_conversion_are_an_error(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("point", ["reload", "list_files"])
-def test_failed_conversion_leaves_nothing(
-    point: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_failed_conversion_leaves_nothing(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(folder: Path) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(convert, point, fail)
+    monkeypatch.setattr(convert, "list_files", fail)
     command = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
     assert_refused(capsys, command, "timm-dgconv convert: no space left on device\n")
     assert names(tmp_path) == []

@@ -11,7 +11,7 @@ import torch
 from conftest import assert_refused, layers, original_state_dict
 from torch import nn
 
-from timm_dgconv import group_report
+from timm_dgconv import compact, group_report
 from timm_dgconv.cli import main
 
 TINY = "test_g_resnext"
@@ -57,6 +57,9 @@ def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: pytest
     report = group_report(model).as_dict()
     assert found == json.loads(json.dumps({"source": str(source), "epoch": None, **report}))
     assert torch.equal(torch.get_rng_state(), state)
+    torch.save(compact(model).state_dict(), source)
+    (found,) = inspected(capsys, str(source))
+    assert {(layer["groups"] > 1, layer["bits"]) for layer in found["layers"]} == {(True, None)}
 
 
 def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
@@ -66,7 +69,7 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
     assert [report["epoch"] for report in reports] == [0, 4, 8]
     assert [report["source"] for report in reports] == run
     assert main(["inspect", *run, "--no-ema", "--model", f"{TINY}.dgconv_in1k"]) == 0
-    title, _, head, *rows, densities = capsys.readouterr().out.splitlines()
+    title, _, head, *rows, densities, macs = capsys.readouterr().out.splitlines()
     assert title == "test_g_resnext, groups by epoch"
     assert head.split() == ["layer", "channels", "0", "4", "8"]
     for n, row in enumerate(rows):
@@ -74,6 +77,7 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
         groups = [str(layer["groups"]) for layer in layers]
         assert row.split() == [layers[0]["name"], str(layers[0]["in_channels"]), *groups]
     assert densities.split()[4:] == [f"{100 * report['density']:.2f}" for report in reports]
+    assert macs.split()[4:] == [f"{100 * r['learned']['macs'] / r['dense']['macs']:.2f}" for r in reports]
 
     (averaged,) = inspected(capsys, run[-1])
     assert (averaged["density"], averaged["epoch"]) == (1, 8)
@@ -84,9 +88,8 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
     [
         (["RUN", "--model", "g_resnext5"], "unknown model 'g_resnext5'; use g_resnet18, g_resnet34"),
         (["RUN", "--model", TINY, "--img-size", "0"], "image size must be at least 1, got 0"),
-        (["RUN", "--model", "g_resnext50"], "is a checkpoint of another network than g_resnext50: size mismatch"),
         (["RUN", "HEAD", "--model", TINY], "is of another network than"),
-        ([".", "--model", TINY], ". has no model.safetensors; use a checkpoint, or a folder that timm-dgconv convert"),
+        ([".", "--model", TINY], ". has no model.safetensors or pytorch_model.bin; use the path of"),
         (["RUN", "--model", TINY, "--layers", "layer1.0.conv2"], "--layers selects the layers of a plot; add --plot"),
         (["RUN", "--model", TINY, "--plot", "x.png", "--layers", "layer9"], "no layer 'layer9' that learns groups; it"),
         (["absent.pt", "--model", TINY, "--plot", "x.jpeg"], "x.jpeg must end in .pdf, .png or .svg"),

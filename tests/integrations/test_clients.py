@@ -7,13 +7,11 @@ package. Tests of export and quantization run in the process of pytest.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import PackageNotFoundError, distribution
 from multiprocessing import get_context
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,19 +22,6 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 Weights = dict[str, np.ndarray[Any, Any]]
-
-
-@pytest.fixture(autouse=True)
-def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Skip the test if the library is missing, and keep it off the Hub."""
-    (name,) = request.node.get_closest_marker("client").args
-    try:
-        distribution(name)
-    except PackageNotFoundError:
-        pytest.skip(f"{name} is not installed; pip install 'timm-dgconv[clients]'")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
-    monkeypatch.chdir(tmp_path)
 
 
 def alone(program: Callable[..., Any], *args: Any) -> Any:
@@ -129,57 +114,25 @@ def write_with_transformers(folder: Path) -> Weights:
     return {"logits": logits.detach().numpy(), **weights(model.timm_model)}
 
 
-def read_with_transformers(folder: Path, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Weights:
+def read_with_transformers(folder: Path) -> Weights:
     from transformers import AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained(folder, **kwargs).eval()
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
     logits = model(images()).logits
     return {"logits": logits.detach().numpy(), **weights(model.timm_model)}
 
 
-def write(folder: Path, form: str) -> Weights:
-    """Write a folder as it is on the Hub, with `timm-dgconv convert`, or with timm for a fine-tuned model."""
+def write_with_convert(folder: Path, compact: bool) -> Weights:
+    """Write a folder as it is on the Hub."""
+    import timm
     from conftest import trained
-    from timm.models import save_for_hf
 
     from timm_dgconv.hub.convert import convert
 
-    model = trained(**{"num_classes": 4} if form == "fine-tuned" else {}).eval()
-    if form == "fine-tuned":
-        save_for_hf(model, folder, safe_serialization=True)
-    else:
-        torch.save(model.state_dict(), "model.pth")
-        convert("model.pth", "test_g_resnext.untrained", folder, compact=form == "compact")
-        model = timm_model(folder)
+    torch.save(trained().state_dict(), "model.pth")
+    convert("model.pth", "test_g_resnext.untrained", folder, compact=compact)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return {"logits": model(images()).detach().numpy(), **weights(model)}
-
-
-def timm_model(folder: Path) -> Any:
-    import timm
-
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def pictures() -> list[Any]:
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(256, size=(2, 40, 48, 3), dtype=np.uint8)
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-def classify(folder: Path) -> list[list[float]]:
-    from transformers import pipeline
-
-    found = pipeline("image-classification", model=str(folder))(pictures(), top_k=5)
-    return [[entry["score"] for entry in scores] for scores in found]
-
-
-def classify_with_timm(folder: Path) -> list[list[float]]:
-    import timm
-
-    model = timm_model(folder)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    return model(torch.stack([transform(picture) for picture in pictures()])).softmax(-1).topk(5).values.tolist()
 
 
 @pytest.mark.client("transformers")
@@ -189,18 +142,10 @@ def test_transformers_trains_saves_and_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.client("transformers")
-@pytest.mark.parametrize("form", ["learnable", "compact"])
-def test_transformers_loads_what_convert_wrote(form: str, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    written = write(folder, form)
-    assert_same(alone(read_with_transformers, folder), written)
-    assert_close(alone(classify, folder), classify_with_timm(folder), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.client("transformers")
-def test_transformers_loads_what_timm_saved(tmp_path: Path) -> None:
-    written = write(tmp_path / "model", "fine-tuned")
-    assert_same(alone(read_with_transformers, tmp_path / "model", {"model_args": {}}), written)
+@pytest.mark.parametrize("compact", [False, True])
+def test_transformers_loads_what_convert_wrote(compact: bool, tmp_path: Path) -> None:
+    written = write_with_convert(tmp_path / "model", compact)
+    assert_same(alone(read_with_transformers, tmp_path / "model"), written)
 
 
 def use_as_backbone(folder: Path) -> None:
@@ -221,7 +166,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def fit_with_torch(epochs: int, weight: float, accumulate: int = 1) -> Weights:
+def fit_with_torch(epochs: int, accumulate: int = 1) -> Weights:
     """The expected weights: the logarithm of the complexity is in the loss once per step."""
     from timm_dgconv import complexity
 
@@ -231,21 +176,20 @@ def fit_with_torch(epochs: int, weight: float, accumulate: int = 1) -> Weights:
     for index, (x, labels) in enumerate(batches() * epochs, 1):
         (cross_entropy(model(x), labels) / accumulate).backward()
         if index % accumulate == 0:
-            (weight * complexity(model).log()).backward()
+            (0.1 * complexity(model).log()).backward()
             optimizer.step()
             optimizer.zero_grad()
     return weights(model)
 
 
-def fit_with_lightning(folder: Path, epochs: int, weight: float, checkpoint: Path | None) -> Weights:
+def fit_with_lightning(folder: Path, epochs: int, checkpoint: Path | None) -> Weights:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     class Module(lightning.LightningModule):
-        def __init__(self, weight: float) -> None:
+        def __init__(self) -> None:
             super().__init__()
-            self.save_hyperparameters()
-            self.model = network(complexity_weight=weight)
+            self.model = network(complexity_weight=0.1)
 
         def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
             x, labels = batch
@@ -254,7 +198,7 @@ def fit_with_lightning(folder: Path, epochs: int, weight: float, checkpoint: Pat
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
-    module = Module(weight)
+    module = Module()
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -264,23 +208,20 @@ def fit_with_lightning(folder: Path, epochs: int, weight: float, checkpoint: Pat
         enable_model_summary=False,
     )
     trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=None), ckpt_path=checkpoint)
-    again = Module.load_from_checkpoint(folder / "last.ckpt")
-    assert_close(again.state_dict(), module.state_dict(), rtol=0, atol=0)
     return weights(module.model)
 
 
 @pytest.mark.client("lightning")
-@pytest.mark.parametrize("weight", [0.0, 0.1])
-def test_lightning_goes_on_from_a_checkpoint(weight: float, tmp_path: Path) -> None:
-    alone(fit_with_lightning, tmp_path, 2, weight, None)
-    resumed = alone(fit_with_lightning, tmp_path / "on", 3, weight, tmp_path / "last.ckpt")
-    assert_close(resumed, fit_with_torch(3, weight), rtol=1e-3, atol=1e-5)
+def test_lightning_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    alone(fit_with_lightning, tmp_path, 2, None)
+    resumed = alone(fit_with_lightning, tmp_path / "on", 3, tmp_path / "last.ckpt")
+    assert_close(resumed, fit_with_torch(3), rtol=1e-3, atol=1e-5)
 
 
-def fit_with_accelerate(folder: Path, epochs: int, weight: float, accumulate: int) -> Weights:
+def fit_with_accelerate(epochs: int, accumulate: int) -> Weights:
     import accelerate
 
-    model = network(complexity_weight=weight)
+    model = network(complexity_weight=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -290,20 +231,12 @@ def fit_with_accelerate(folder: Path, epochs: int, weight: float, accumulate: in
                 accelerator.backward(cross_entropy(model(x), labels))
                 optimizer.step()
                 optimizer.zero_grad()
-        accelerator.save_state(folder)
-        with torch.no_grad():  # load_state must restore the values
-            for value in model.state_dict().values():
-                value.zero_()
-        for state in optimizer.state.values():
-            state["momentum_buffer"].zero_()
-        accelerator.load_state(folder)
     return weights(accelerator.unwrap_model(model))
 
 
 @pytest.mark.client("accelerate")
-def test_accelerate_accumulates_and_goes_on(tmp_path: Path) -> None:
-    fitted = alone(fit_with_accelerate, tmp_path, 3, 0.1, 2)
-    assert_close(fitted, fit_with_torch(3, 0.1, accumulate=2), rtol=1e-3, atol=1e-5)
+def test_accelerate_accumulates() -> None:
+    assert_close(alone(fit_with_accelerate, 2, 2), fit_with_torch(2, accumulate=2), rtol=1e-3, atol=1e-5)
 
 
 def fit_with_fastai(folder: Path) -> None:
@@ -311,12 +244,11 @@ def fit_with_fastai(folder: Path) -> None:
     from PIL import Image
 
     random = np.random.default_rng(0)
-    for label, colour in {"red": (200, 60, 60), "blue": (60, 60, 200)}.items():
+    for label in ("even", "odd"):
+        (folder / "images" / label).mkdir(parents=True)
         for index in range(12):
-            path = folder / "images" / label / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.array(colour) + random.normal(0, 20, (32, 32, 3))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+            pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / label / f"{index}.png")
     loaders = ImageDataLoaders.from_folder(
         folder / "images", valid_pct=0.5, seed=0, bs=4, item_tfms=Resize(32), num_workers=0, device="cpu"
     )
@@ -325,11 +257,8 @@ def fit_with_fastai(folder: Path) -> None:
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(2, 1e-3)
         learner.export(folder / "learner.pkl")
-        again = load_learner(folder / "learner.pkl")
-        for ours, theirs in zip(again.get_preds(dl=loaders.valid), learner.get_preds(), strict=True):
-            assert_close(ours, theirs, rtol=0, atol=0)
     assert not any(torch.equal(*pair) for pair in zip(gates(learner.model), before, strict=True))
-    assert_close(gates(again.model), gates(learner.model), rtol=0, atol=0)
+    assert_close(gates(load_learner(folder / "learner.pkl").model), gates(learner.model), rtol=0, atol=0)
 
 
 def adapt_the_1x1_convolutions(folder: Path) -> None:
@@ -351,12 +280,6 @@ def adapt_the_1x1_convolutions(folder: Path) -> None:
     expected = model(images())
     model.save_pretrained(folder)
     assert_close(peft.PeftModel.from_pretrained(base(), folder)(images()), expected)
-    with pytest.raises(TypeError, match="takes no groups"):  # LoRA would add weights between the groups
-        peft.get_peft_model(base(), peft.LoraConfig(target_modules=["conv2"]))
-    merged = base()
-    merged.load_state_dict(model.merge_and_unload().state_dict())
-    assert_close(merged(images()), expected)
-    assert_close(gates(merged), learning, rtol=0, atol=0)
 
 
 # Features and explanations.
@@ -366,38 +289,18 @@ def extract_features(folder: Path) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
     model, x = network().eval(), images(64)
-    nodes = {"layer2.0.conv2": "inside", "layer2": "layer2", "layer4": "layer4", "fc": "logits"}
-    extractor = create_feature_extractor(model, nodes)
-    found = extractor(x)
-    maps = model.forward_intermediates(x, indices=[2, 4], intermediates_only=True)
-    assert_close([found["layer2"], found["layer4"], found["logits"]], [*maps, model(x)])
+    found = create_feature_extractor(model, {"layer2.0.conv2": "inside", "fc": "logits"})(x)
+    assert_close(found["logits"], model(x))
     assert found["inside"].shape == (4, 32, 8, 8)
-    found["layer4"].sum().backward()
+    found["logits"].sum().backward()
     assert all(gate.grad is not None and gate.grad.count_nonzero() for gate in gates(model))
-
-
-def explain_with_grad_cam(folder: Path) -> None:
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    model = network().eval()
-    with GradCAM(model, [model.layer2[-1]]) as cam:
-        maps = cam(images(64), [ClassifierOutputTarget(label) for label in range(4)])
-    assert maps.shape == (4, 64, 64)
-    assert np.isfinite(maps).all()
-    assert maps.any()
 
 
 def explain_with_captum(folder: Path) -> None:
     from captum.attr import IntegratedGradients, LayerGradCam
 
-    model, x, labels = network().eval().double(), images().double(), torch.arange(4)
-    attributions, gap = IntegratedGradients(model).attribute(
-        x, target=labels, n_steps=200, return_convergence_delta=True
-    )
-    difference = (model(x) - model(torch.zeros_like(x)))[labels, labels]
-    assert_close(attributions.sum((1, 2, 3)) - gap, difference)
-    assert gap.abs().max() < 0.05 * difference.abs().max()
+    model, x, labels = network().eval(), images(), torch.arange(4)
+    assert IntegratedGradients(model).attribute(x, target=labels, n_steps=4).count_nonzero()
     assert LayerGradCam(model, model.layer2[0].conv2).attribute(x, target=labels).shape == (4, 1, 4, 4)
 
 
@@ -406,7 +309,6 @@ PROGRAMS: dict[Callable[[Path], None], str] = {
     fit_with_fastai: "fastai",
     adapt_the_1x1_convolutions: "peft",
     extract_features: "torchvision",
-    explain_with_grad_cam: "grad-cam",
     explain_with_captum: "captum",
 }
 
@@ -473,18 +375,18 @@ def test_openvino_computes_the_same(form: str) -> None:
 def test_the_page_about_deployment_runs_as_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO computes in bfloat16 on processors that have it."""
     import timm
-    from test_docs import DEPLOY, blocks
+    from test_docs import deploy_programs
 
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, zero_init_last=False))
     names: dict[str, Any] = {}
-    tolerances = {"onnxruntime": 1e-4, "openvino": 0.05, "torchao": 0.1}
-    for code in blocks(DEPLOY, "python"):
-        exec(compile(code, str(DEPLOY), "exec"), names)
-        if "outputs" in names:
+    programs = deploy_programs()
+    tolerances = {"timm": 0, "torch": 0, "onnxruntime": 1e-4, "openvino": 0.05}
+    for tool, tolerance in (tolerances | dict.fromkeys(("torchao int8", "nncf int8", "onnxruntime int8"), 0.2)).items():
+        exec(compile(programs[tool], tool, "exec"), names)
+        if tolerance:
             expected = names["model"](names["images"]).detach()
-            tolerance = tolerances.pop(code.split()[1].partition(".")[0]) * expected.abs().max().item()
-            assert_close(torch.as_tensor(names.pop("outputs")), expected, rtol=0, atol=tolerance)
-    assert not tolerances
+            outputs = torch.as_tensor(names["outputs"])
+            assert_close(outputs, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 def run_exported(paths: list[Path]) -> list[list[np.ndarray[Any, Any]]]:

@@ -11,8 +11,6 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
-from timm_dgconv import freeze_groups
-
 
 class Training:
     """A model near its target, an optimizer and an average."""
@@ -28,54 +26,30 @@ class Training:
         self.optimizer = create_optimizer_v2(self.model, opt=opt, lr=rate, weight_decay=0.01)
         self.average = ModelEmaV3(self.model, decay=0.8)
 
-    def run(self, steps: range, frozen: range = range(0)) -> set[tuple[bool, ...]]:
-        """Train, and return the patterns of the gates."""
-        patterns = set()
+    def run(self, steps: range) -> None:
         for step in steps:
-            freeze_groups(self.model, step in frozen)
             torch.manual_seed(step)
             x, y = torch.randn(4, 3, 32, 32), torch.randint(3, (4,))
             self.optimizer.zero_grad()
             nn.functional.cross_entropy(self.model.train()(x), y).backward()
             self.optimizer.step()
             self.average.update(self.model)
-            patterns.add(tuple(torch.cat(gates(self.model)).signbit().tolist()))
-        return patterns
 
     def state(self) -> Any:
         return [self.model.state_dict(), self.optimizer.state_dict(), self.average.state_dict()]
 
 
-@pytest.mark.parametrize("frozen", [range(0), range(5, 15)], ids=["learning", "frozen half-way"])
 @sorted_or_not
 @pytest.mark.parametrize("opt", ["momentum", "adamw", pytest.param("lookahead_momentum", marks=pytest.mark.slow)])
-def test_a_resumed_training_ends_as_if_uninterrupted(
-    opt: str, form: dict[str, bool], frozen: range, tmp_path: Path
-) -> None:
+def test_a_resumed_training_ends_as_if_uninterrupted(opt: str, form: dict[str, bool], tmp_path: Path) -> None:
     """Parameters, buffers, gates, the state of the optimizer and the average are the same to the last bit."""
     whole, resumed = Training(opt, 0, **form), Training(opt, 1)
-    whole.run(range(10), frozen)
+    whole.run(range(10))
     saver = CheckpointSaver(whole.model, whole.optimizer, model_ema=whole.average, checkpoint_dir=str(tmp_path))
     saver.save_checkpoint(0)
-    patterns = whole.run(range(10, 20), frozen)
+    whole.run(range(10, 20))
     file = str(tmp_path / "last.pth.tar")
     assert resume_checkpoint(resumed.model, file, resumed.optimizer, log_info=False) == 1
     load_checkpoint(resumed.average.module, file, use_ema=True)
-    assert resumed.run(range(10, 20), frozen) == patterns
+    resumed.run(range(10, 20))
     torch.testing.assert_close(resumed.state(), whole.state(), rtol=0, atol=0)
-
-
-def test_groups_can_be_frozen_from_a_checkpoint_on(tmp_path: Path) -> None:
-    """With a new optimizer: timm's optimizers leave out frozen gates."""
-    model = trained(num_classes=3)
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.neg_()
-    CheckpointSaver(model, create_optimizer_v2(model, opt="momentum"), checkpoint_dir=str(tmp_path)).save_checkpoint(0)
-    resumed = trained(num_classes=3, freeze_groups=True)
-    optimizer = create_optimizer_v2(resumed, opt="momentum", lr=0.05, weight_decay=0.01)
-    assert resume_checkpoint(resumed, str(tmp_path / "last.pth.tar")) == 1
-    resumed(torch.randn(4, 3, 32, 32)).square().mean().backward()
-    optimizer.step()
-    assert all(torch.equal(*pair) for pair in zip(gates(resumed), gates(model), strict=True))
-    assert not torch.equal(resumed.layer1[0].conv2.weight, model.layer1[0].conv2.weight)

@@ -4,17 +4,17 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.distributed.fsdp
-from conftest import FORMS, forms, gates, layers, run_ranks
+from conftest import DEVICES, FORMS, gates, layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -253,117 +253,6 @@ def check_sequence(seed: int, sequence: list[Any]) -> None:
                 check_pass(model, x, *event[:-1])
 
 
-# Networks, and what changes gates elsewhere
-
-
-@forms
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fasternet_t0", "twins_pcpvt_small"])
-def test_layers_may_run_in_another_order_than_they_were_registered(name: str, form: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    model = near_zero(groupable(timm.create_model(name, num_classes=3), **form))
-    x = torch.randn(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
-    for _ in range(2):
-        check(model, x)
-        flip(model)
-
-
-@forms
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_network_is_trained_with_checkpointing_and_a_fused_optimizer(frozen: bool, form: dict[str, Any]) -> None:
-    model = network(**form)
-    model.set_grad_checkpointing()
-    if frozen:
-        freeze_groups(model)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.02, weight_decay=0.0, fused=True)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
-    for _ in range(4):
-        check(model, x)
-        optimizer.step()
-        if frozen:
-            flip(model)
-
-
-def test_gates_made_in_inference_mode_are_read_in_each_pass() -> None:
-    with torch.inference_mode():
-        model, x = network(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-        for change in (in_place, load, flip, freeze_groups, in_place, flip):
-            change(model)
-            assert_close(model(x), reference(model)(x))
-
-
-@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch 2.5 has another fully_shard")
-def test_an_all_gather_changes_gates(tmp_path: Path) -> None:
-    run_ranks(
-        tmp_path,
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        from timm_dgconv import groupable
-        from timm_dgconv.layers import gate_reader
-
-        gate_reader.READ_DIRECTLY.clear()
-
-        class Reversed(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layers = torch.nn.ModuleList(torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
-
-            def forward(self, x):
-                for layer in reversed(self.layers):
-                    x = layer(x).relu()
-                return x
-
-        torch.manual_seed(0)
-        alone, sharded = (groupable(Reversed()).double() for _ in range(2))
-        with torch.no_grad():
-            for layer in alone.layers:
-                layer.gate.copy_(torch.tensor([0.01, -0.01, 0.01]))
-        sharded.load_state_dict(alone.state_dict())
-        for layer in alone.layers:
-            layer.forward = layer.masked_dense
-        torch.Tensor.data_ptr = lambda self: 0  # on a GPU an all-gather writes to the same address again
-        fully_shard(sharded, mesh=init_device_mesh("cpu", (world,)))
-        optimizers = [torch.optim.Adam(model.parameters(), 0.02) for model in (alone, sharded)]
-        for step in range(5):
-            x = torch.randn(2, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-            outputs = [model(x) for model in (alone, sharded)]
-            torch.testing.assert_close(*outputs)
-            for y, optimizer in zip(outputs, optimizers):
-                optimizer.zero_grad()
-                y.square().mean().backward()
-                optimizer.step()
-        """,
-    )
-
-
-@forms
-@pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_backward_of_a_compiled_graph_has_the_gates_of_its_forward(
-    backend: str, create_graph: bool, form: dict[str, Any]
-) -> None:
-    if create_graph and backend == "aot_eager":
-        pytest.skip("torch differentiates such a graph once")
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = nn.Sequential(*(DGConv2d(8, 8, 3, padding=1, **form) for _ in range(2)))
-    model = near_zero(nn.Sequential(model[0], nn.Sigmoid(), model[1]))
-    x = torch.randn(2, 8, 5, 5, dtype=torch.float64, requires_grad=True)
-
-    def gradients(y: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=create_graph)
-        second = torch.autograd.grad(first[0].square().sum(), wanted) if create_graph else ()
-        return [*first, *second]
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for _ in range(2):
-        twin: Any = reference(model)
-        y = compiled(x)
-        flip(model)
-        assert_close(gradients(y, [x, *model.parameters()]), gradients(twin(x), [x, *twin.__self__.parameters()]))
-
-
 # Transfers
 
 
@@ -389,22 +278,20 @@ def replicate(model: nn.Module) -> nn.Module:
     return replicas[model]
 
 
-@pytest.mark.parametrize(
-    "model", ["network", "features", "groupable", "owners inside", "deepcopy", "pickle", "replica"]
-)
-def test_a_forward_call_has_one_transfer(model: str, transfers: list[str]) -> None:
-    if model == "owners inside":
-        run, x = nets(0)
-    else:
-        x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-        run = {
-            "network": network,
-            "features": lambda: timm.create_model("test_g_resnext", features_only=True).double(),
-            "groupable": lambda: groupable(timm.create_model("test_resnet")).double(),
-            "deepcopy": lambda: copy.deepcopy(network()),
-            "pickle": lambda: pickle.loads(pickle.dumps(network())),
-            "replica": lambda: replicate(network()),
-        }[model]()
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "network": network,
+    "features": lambda: timm.create_model("test_g_resnext", features_only=True).double(),
+    "groupable": lambda: groupable(timm.create_model("test_resnet")).double(),
+    "owners inside": lambda: nn.Sequential(nn.Conv2d(3, 8, 1).double(), nets(0)[0]),
+    "deepcopy": lambda: copy.deepcopy(network()),
+    "pickle": lambda: pickle.loads(pickle.dumps(network())),
+    "replica": lambda: replicate(network()),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_forward_call_has_one_transfer(name: str, transfers: list[str]) -> None:
+    run, x = NETWORKS[name](), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     for grad_mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         transfers.clear()
         with grad_mode():
@@ -413,7 +300,7 @@ def test_a_forward_call_has_one_transfer(model: str, transfers: list[str]) -> No
         if isinstance(y, Tensor) and y.requires_grad:
             y.sum().backward()
             assert transfers == ["pass"]
-    if model == "network":
+    if name == "network":
         freeze_groups(run)
         run(x)
         assert transfers == ["pass"] * 2
@@ -445,23 +332,25 @@ def test_a_compiled_call_has_one_transfer(training: bool, transfers: list[str]) 
                 y.sum().backward()
         assert [event.name for event in profile.function_events].count("timm_dgconv::read_gates") == 1
         assert not transfers
+        twin: Any = reference(model)
+        assert_close(y, twin(x))
+        if training:
+            wanted = torch.autograd.grad(twin(x).sum(), list(twin.__self__.parameters()))
+            assert_close([p.grad for p in model.parameters()], list(wanted))
+        model.zero_grad()
+        flip(model)
 
 
 @pytest.mark.parametrize("make", [network, lambda: nets(0)[0]], ids=["network", "owners inside"])
 def test_a_network_is_compiled_once(make: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
-    model, graphs = make(), []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
+    model, backend = make(), CompileCounter()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     for _ in range(3):
         compiled(torch.randn(2, channels, 32, 32, dtype=torch.float64)).sum().backward()
         flip(model)
-    assert len(graphs) == 1
+    assert backend.frame_count == 1
 
 
 @pytest.mark.gpu
@@ -473,6 +362,31 @@ def test_a_training_step_on_cuda_has_one_transfer(monkeypatch: pytest.MonkeyPatc
             model(x).sum().backward()
             torch.cuda.synchronize()
     assert sum(event.count for event in profile.key_averages() if "DtoH" in event.key) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("change", ["SGD", "Adam", "AdamW", pytest.param("CUDA graph", marks=pytest.mark.gpu)])
+def test_gates_that_change_without_a_new_version_are_read(change: str, device: str) -> None:
+    model, x = network().to(device), torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device)
+    if change == "CUDA graph":
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            for gate in gates(model):
+                gate.neg_()
+        step = graph.replay
+    else:
+        options = {} if change == "SGD" else {"betas": (0.0, 0.0)}
+        step = getattr(torch.optim, change)(gates(model), 0.02, fused=True, weight_decay=0.0, **options).step
+
+    def change_gates() -> None:
+        for gate in gates(model):
+            gate.grad = gate.detach().sign()
+        step()
+
+    for _ in range(4):
+        before = [gate.signbit() for gate in gates(model)]
+        check(model, x, change_gates)
+        assert all((gate.signbit() != bits).all() for gate, bits in zip(gates(model), before, strict=True))
 
 
 class Adapted(gate_reader.OneReading):
@@ -487,12 +401,11 @@ class Adapted(gate_reader.OneReading):
 
 
 def test_gates_that_are_exchanged_during_a_pass_are_read() -> None:
-    model = network()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model, x = network(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     parameters = {name: -p.detach() if "gate" in name else p.detach() for name, p in model.named_parameters()}
-    other = copy.deepcopy(model)
-    other.load_state_dict(parameters, strict=False)
-    assert_close(Adapted(model)(x, parameters), reference(other)(x))
+    y = Adapted(model)(x, parameters=parameters)
+    flip(model)
+    assert_close(y, reference(model)(x))
 
 
 def test_a_network_can_be_transformed() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import forms
+from conftest import FORMS
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils import reparameterize_model
@@ -26,23 +26,6 @@ def converted(model: nn.Module) -> dict[str, DGConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DGConv2d)}
 
 
-@forms
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "test_resnet"])
-def test_networks_compute_the_same(name: str, form: dict[str, Any]) -> None:
-    model, x = create(name), torch.randn(2, 3, 64, 64)
-    expected = model(x)
-    weights = dict(model.named_parameters())
-    assert groupable(model, **form) is model
-    assert_close(model(x), expected)
-    assert {n for n, _ in model.named_parameters() if not n.endswith("gate")} == set(weights)
-    layers = converted(model)
-    assert layers
-    for layer in layers.values():
-        assert torch.equal(layer.gate.abs(), torch.full_like(layer.gate, 0.01))
-        assert (layer.sort, layer.nested) == (form.get("sort", True), form.get("nested", True))
-    assert not layers.keys() & skipped_convs(model).keys()
-
-
 @given(data=st.data())
 def test_convolutions_compute_the_same(data: st.DataObject) -> None:
     draw, bits = data.draw, data.draw(st.integers(2, 4))
@@ -55,8 +38,10 @@ def test_convolutions_compute_the_same(data: st.DataObject) -> None:
     conv = nn.Conv2d(*channels, 3, stride, padding, groups=groups, **options)
     x = torch.randn(2, channels[0], 9, 8, dtype=torch.float64)
     expected = conv(x)
-    groupable(conv, where=lambda name, conv: True)
+    form = draw(st.sampled_from(FORMS))
+    groupable(conv, where=lambda name, conv: True, **form)
     assert type(conv) is DGConv2d
+    assert (conv.sort, conv.nested) == (form.get("sort", True), form.get("nested", True))
     assert conv.num_groups == groups
     assert_close(conv(x), expected)
 
@@ -132,6 +117,13 @@ def test_where_chooses_any_convolution() -> None:
     groupable(create("g_resnext50"), where=lambda name, conv: name == "layer1.0.conv1")
 
 
+def with_own(method: str) -> nn.Conv2d:
+    """Users let pictures repeat so: torch.nn.Conv2d calls `_conv_forward` with its weight."""
+    conv = nn.Conv2d(8, 8, 3)
+    setattr(conv, method, getattr(conv, method))
+    return conv
+
+
 @pytest.mark.parametrize(
     ("conv", "reason"),
     [
@@ -143,6 +135,8 @@ def test_where_chooses_any_convolution() -> None:
         (timm.layers.Conv2dSame(8, 8, 3), "Conv2dSame"),
         (timm.layers.ScaledStdConv2d(8, 8, 3), "ScaledStdConv2d"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), "ParametrizedConv2d"),
+        (with_own("forward"), "it has a forward pass of its own"),
+        (with_own("_conv_forward"), "it has a forward pass of its own"),
     ],
     ids=str,
 )
@@ -175,9 +169,15 @@ def test_a_weight_that_another_kind_of_module_shares_is_left_out() -> None:
             ValueError,
             r"`where` chooses conv1.0, which cannot learn its groups: in_channels=3 and out_channels=16 must",
         ),
+        (
+            lambda: nn.Sequential(with_own("forward"), nn.Conv2d(8, 8, 3)),
+            lambda name, conv: True,
+            ValueError,
+            "`where` chooses 0, which cannot learn its groups: it has a forward pass of its own",
+        ),
         (lambda: "resnet50", None, TypeError, "groupable takes a torch.nn.Module, not a str"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_bad_input_is_refused_and_nothing_changes(model: Any, where: Any, error: type[Exception], words: str) -> None:
     network = model()

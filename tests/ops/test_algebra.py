@@ -40,33 +40,24 @@ def test_bits_are_the_same_on_the_host_and_in_a_graph(values: list[float], form:
     bits = algebra.read_bits(values, *form)
     assert tuple(closed.tolist()) == bits.closed
     assert not slopes.any()
-    finite = [k if k >= 0 and math.isfinite(values[k]) else -1 for k in bits.gates]  # no step moves an infinite gate
-    assert learning_gates(gate, slopes) == finite
+    assert learning_gates(gate, slopes) == list(bits.gates)
     assert bits.groups == 1 << sum(math.copysign(1, value) < 0 for value in values)
     assert hash(bits) == hash(algebra.read_bits(list(values), *form))
     if form != (True, True):
-        assert sorted(bits.gates) == list(range(len(values)))
+        finite = [k for k, value in enumerate(values) if math.isfinite(value)]  # no step moves an infinite gate
+        assert sorted(k for k in bits.gates if k >= 0) == finite
     if form[0]:
         assert bits.prefix == sum(bits.closed)
 
 
-@given(gate_values)
-def test_a_nested_gate_learns_if_it_can_flip_next(values: list[float]) -> None:
-    """The first of several gates at the same distance from zero learns, so no step flips two of them."""
-    bits = algebra.read_bits(values, sort=True, nested=True)
-    for is_closed in (True, False):
-        same = [k for k, value in enumerate(values) if algebra.is_closed(value) == is_closed]
-        nearest = [k for k in same if abs(values[k]) == min(abs(values[other]) for other in same)]
-        bit = sum(bits.closed) - is_closed  # the last closed bit, and the first open bit
-        assert same == [] or bits.gates[bit] == nearest[0]
-    assert sum(k >= 0 for k in bits.gates) == len(set(bits.closed))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_sign_bit_closes_a_gate_in_every_dtype(dtype: torch.dtype) -> None:
-    gate = torch.tensor(SPECIAL, dtype=dtype)
-    expected = [False, True, False, True, False, True]
-    assert algebra.closed_gates(gate).tolist() == [algebra.is_closed(value) for value in gate.tolist()] == expected
+@given(gate_values, forms)
+def test_settled_values_keep_the_bits_and_no_gate_learns(values: list[float], form: tuple[bool, bool]) -> None:
+    settled = algebra.settle(values)
+    bits = algebra.read_bits(settled, *form)
+    assert bits.closed == algebra.read_bits(values, *form).closed
+    assert not bits.learn
+    assert algebra.settle(torch.tensor(values)).tolist() == settled
+    assert math.isnan(algebra.settle([math.nan])[0])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -103,13 +94,6 @@ def test_groups_are_ranges_in_the_order_of_channels(closed: list[bool], q_out: i
     assert torch.equal(matrix, torch.block_diag(*[torch.ones(out_channels // groups, in_channels // groups)] * groups))
     for nested in (True, False):
         assert torch.equal(connectivity(gate, out_channels, in_channels, True, nested), matrix)
-
-
-@pytest.mark.parametrize(("channels", "bits"), [((64, 64), 6), ((96, 48), 4), ((2, 6), 1), ((1024, 1024), 10)])
-def test_there_is_a_gate_for_each_power_of_two_that_divides_both_channel_counts(
-    channels: tuple[int, int], bits: int
-) -> None:
-    assert algebra.num_bits(*channels) == bits
 
 
 @pytest.mark.parametrize(

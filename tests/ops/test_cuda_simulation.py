@@ -4,7 +4,6 @@ A fake tensor has a shape, strides, a dtype and a device, and no values. So the 
 each test says which gates are closed.
 """
 
-import ast
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import conv_with
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -61,9 +59,10 @@ class Operators(TorchDispatchMode):
 
     @property
     def dimensions(self) -> int:
-        """The largest number of dimensions above 1 of a tensor that a kernel reads or writes."""
+        """The largest number of dimensions of a kernel. Torch merges neighbouring dimensions that have one stride."""
         kernels = [inputs + outputs for func, inputs, outputs in self.calls if outputs and not func.is_view]
-        return max(sum(size > 1 for size in tensor.shape) for tensors in kernels for tensor in tensors)
+        shapes = [(tensors, {tensor.shape for tensor in tensors}) for tensors in kernels]
+        return max(merged_dimensions([t for t in ts if t.shape == shape]) for ts, found in shapes for shape in found)
 
     @property
     def launches(self) -> int:
@@ -75,7 +74,14 @@ class Operators(TorchDispatchMode):
         )
 
 
-OPERATORS = ("read_gates", "dgconv2d", "dgconv2d_backward")
+def merged_dimensions(tensors: list[Tensor]) -> int:
+    """Return the number of dimensions above 1 of tensors of one shape, after those of one stride are merged."""
+    shape = tensors[0].shape
+    dims = [dim for dim, size in enumerate(shape) if size > 1]
+    merged = [all(t.stride(a) == t.stride(b) * shape[b] for t in tensors) for a, b in itertools.pairwise(dims)]
+    return len(dims) - sum(merged)
+
+
 NO_KERNEL = [
     getattr(torch.ops.aten, name)
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
@@ -99,9 +105,9 @@ class Case(NamedTuple):
     form: tuple[bool, bool] = (True, True)
     mask: tuple[bool, bool, bool] = ALL
 
-    def tensors(self, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Input, weight and gates."""
-        x = tensor((batch, self.channels[0], self.size, self.size + 1), self.input_dtype, self.input_format)
+        x = tensor((2, self.channels[0], self.size, self.size + 1), self.input_dtype, self.input_format)
         weight = tensor((*self.channels[::-1], *[self.kernel_size] * 2), self.weight_dtype, self.weight_format)
         return x, weight, tensor((len(self.closed),), self.weight_dtype)
 
@@ -124,9 +130,9 @@ def tensor(shape: Sequence[int], dtype: torch.dtype, memory_format: str = "conti
     return FORMATS[memory_format](torch.empty(*shape, dtype=dtype, device="cuda"))
 
 
-def run(case: Case, batch: int = 2) -> tuple[Operators, Operators]:
+def run(case: Case) -> tuple[Operators, Operators]:
     """The operators of one forward and one backward pass."""
-    x, weight, gate = case.tensors(batch)
+    x, weight, gate = case.tensors()
     with Operators() as forward:
         y = autograd._output(x, weight, None, gate, *case.options)
     grad = tensor(y.shape, y.dtype, case.grad_format)
@@ -163,7 +169,7 @@ def description(x: Tensor) -> tuple[Any, ...]:
 
 
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("number", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [50, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("input_dtype", "weight_dtype"), DTYPES, ids=str)
 def test_results_are_as_the_fake_operators_say(
     input_dtype: torch.dtype, weight_dtype: torch.dtype, number: int
@@ -190,7 +196,7 @@ def test_results_are_as_the_fake_operators_say(
 @pytest.mark.usefixtures("simulation")
 def test_no_more_kernels_are_launched_than_needed() -> None:
     """Of a layer in bfloat16 with 32 groups: forward, backward, and backward with frozen gates."""
-    limits = {"nested": (2, 17, 5), "sorted": (2, 53, 5), "unsorted": (6, 60, 12)}
+    limits = {"nested": (2, 11, 5), "sorted": (2, 20, 5), "unsorted": (5, 26, 9)}
     for (name, limit), form in zip(limits.items(), FORMS, strict=True):
         for channels in (128, 512, 2048):
             case = Case((channels, channels), "11111".rjust(channels.bit_length() - 1, "0"), form=form)
@@ -208,7 +214,7 @@ def test_kernels_take_few_dimensions(closed: str, form: tuple[bool, bool]) -> No
     for memory_format in ("contiguous", "channels_last"):
         case = Case((1 << len(closed),) * 2, closed, 7, 1, input_format=memory_format, weight_format=memory_format)
         for operators in run(case._replace(form=form)):
-            assert operators.dimensions <= 25
+            assert operators.dimensions <= (8 if form[0] else 25)
 
 
 @pytest.mark.usefixtures("simulation")
@@ -226,37 +232,5 @@ def test_nothing_comes_from_the_host_and_nothing_is_read(closed: str, form: tupl
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
 def test_operators_are_unsafe_in_cuda_graphs() -> None:
-    for name in OPERATORS:
-        operator = getattr(torch.ops.timm_dgconv, name)
-        assert torch.Tag.cudagraph_unsafe in operator.default.tags
-
-
-@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
-def test_compiled_cuda_graphs_exclude_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at the code for mode="reduce-overhead", in which each function partition_* becomes a CUDA graph."""
-    inductor = pytest.importorskip("torch._inductor.config")
-    functorch = pytest.importorskip("torch._functorch.config")
-    scheduler = pytest.importorskip("torch._inductor.scheduler")
-    get_code = getattr(pytest.importorskip("torch._inductor.utils"), "get_code", None)
-    node = getattr(scheduler, "BaseSchedulerNode", None)
-    known = hasattr(node, "is_gpu") and hasattr(inductor, "graph_partition")
-    if not known or get_code is None or not hasattr(functorch, "force_non_lazy_backward_lowering"):
-        pytest.skip("torch has other internals")
-    monkeypatch.setattr(node, "is_gpu", lambda self: True)
-    conv = conv_with("1010", padding=1)
-    model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(16, 4, 1))
-    options = {"triton.cudagraphs": True, "graph_partition": True, "fx_graph_cache": False}
-    with inductor.patch(options), functorch.patch(force_non_lazy_backward_lowering=True):
-        codes = [code for code in get_code(torch.compile(model, fullgraph=True), torch.randn(2, 16, 5, 5)) if code]
-    torch._dynamo.reset()
-    for code, names in zip(codes, [["read_gates", "dgconv2d"], ["dgconv2d_backward"]], strict=True):
-        partitions = [
-            ast.get_source_segment(code, function) or ""
-            for function in ast.walk(ast.parse(code))
-            if isinstance(function, ast.FunctionDef) and function.name.startswith("partition_")
-        ]
-        assert len(partitions) >= 2
-        for name in names:
-            call = f"torch.ops.timm_dgconv.{name}.default("
-            assert call in code
-            assert not any(call in partition for partition in partitions)
+    for name in ("read_gates", "dgconv2d", "dgconv2d_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.timm_dgconv, name).default.tags

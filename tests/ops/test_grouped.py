@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_dgconv.ops import autograd, grouped
-from timm_dgconv.ops.algebra import Bits, channel_order, read_bits
+from timm_dgconv.ops.algebra import Bits, read_bits
 from timm_dgconv.ops.naive import connectivity, masked_conv2d
 
 FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
@@ -110,53 +110,6 @@ def test_all_widths_agree_with_the_masked_dense_form(problem: Problem, width: in
 @pytest.mark.parametrize("width", [1, 4, 1024])
 def test_all_widths_agree_on_cuda(width: int, form: tuple[bool, bool], channels_last: bool, device: str) -> None:
     check(Problem((0.5, -0.5, 0.25, -0.25, -1.0), form, 2, 1, (3, 3), channels_last), width, device)
-
-
-# Views and copies of channels and weights
-
-
-def flags(problem: Problem) -> list[bool]:
-    return [value < 0 for value in problem.gate]
-
-
-@given(problems(), st.integers(0, 1))
-def test_closed_bits_first_make_groups_contiguous_and_come_back(problem: Problem, dim: int) -> None:
-    x, closed = problem.weight(), flags(problem)
-    y = grouped.exchange_bits(x, closed, dim)
-    assert torch.equal(y, x.index_select(dim, channel_order(closed, x.shape[dim])))
-    back = grouped.exchange_bits(y, closed, dim, inverse=True)
-    assert torch.equal(back, x)
-    assert y.stride() == back.stride() == x.stride()
-
-
-@given(problems(), st.integers(0, 4))
-def test_halves_are_swapped_across_a_bit(problem: Problem, bit: int) -> None:
-    bit, channels = bit % len(problem.gate), problem.channels[1]
-    x = problem.random(2, channels, 3, 2)
-    y = grouped.swap_halves(x, bit)
-    codes = torch.arange(channels) // (channels >> len(problem.gate))
-    swapped = torch.arange(channels).view(1 << bit, 2, -1).flip(1).flatten()
-    assert torch.equal(codes[swapped] ^ codes, torch.full_like(codes, 1 << len(problem.gate) - 1 - bit))
-    assert torch.equal(y, x[:, swapped])
-    assert y.stride() == x.stride()
-
-
-@given(problems(), st.sampled_from([torch.float64, torch.bfloat16]), st.integers(0, 4))
-def test_the_weights_of_groups_and_of_neighbours_are_blocks_of_the_dense_weight(
-    problem: Problem, dtype: torch.dtype, position: int
-) -> None:
-    weight, groups, (closed, opened) = problem.weight(), problem.bits.groups, problem.bits.positions
-    orders = [channel_order(problem.bits.closed, channels).view(groups, -1) for channels in problem.channels]
-    found = {0: grouped.group_weight(weight, closed, opened, dtype)}
-    if closed:
-        position %= len(closed)
-        found[groups >> position + 1] = grouped.neighbour_weight(weight, closed, opened, position, dtype)
-    for neighbour, kernel in found.items():
-        for group, block in enumerate(kernel.unflatten(0, (groups, -1))):
-            outputs, inputs = orders[0][group], orders[1][group ^ neighbour]
-            assert torch.equal(block, weight[outputs][:, inputs].to(dtype))
-        if weight[0, 0].numel() > 1 and min(kernel.shape[1], weight.shape[1]) > 1:
-            assert grouped.is_channels_last(kernel) == grouped.is_channels_last(weight)
 
 
 @pytest.mark.parametrize("arrange", [lambda w: w[:, :1].expand_as(w), lambda w: w.transpose(2, 3)])

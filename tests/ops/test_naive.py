@@ -1,19 +1,15 @@
 """The definition of the layer against an explicit product of Kronecker factors, which torch differentiates."""
 
-import itertools
 import math
 from functools import reduce
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 from torch.testing import assert_close
 
-from timm_dgconv.ops.naive import connectivity, masked_conv2d
+from timm_dgconv.ops.naive import connectivity
 
 FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -81,51 +77,3 @@ def test_the_gradient_of_a_nested_gate_is_what_its_flip_does(values: list[float]
         flipped = gate.detach().clone()
         flipped[k] *= -1
         assert_close(torch.sign(flipped[k]) * grad[k], value(flipped) - value(gate).detach(), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("closed", list(itertools.product([1.0, -1.0], repeat=3)))
-def test_the_layer_is_a_convolution_with_a_masked_weight(closed: tuple[float, ...], form: tuple[bool, bool]) -> None:
-    """Written with the independent product. The other tests of the package rely on this form."""
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-
-    x, weight, bias = leaf(2, 8, 5, 6), leaf(24, 8, 3, 2), leaf(24)
-    values = [sign * (1 + k % 2) for k, sign in enumerate(closed)]
-    gate = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    bits, learns = reference(values, form)
-    geometry: Any = ([2, 1], [1, 0], [1, 2])
-    y = masked_conv2d(x, weight, bias, gate, *geometry, *form)
-    expected = F.conv2d(x, weight * kronecker(bits, 3, 1)[:, :, None, None], bias, *geometry)
-    assert_close(y, expected, **EXACT)
-    *grads, grad_gate = torch.autograd.grad(y.square().sum(), [x, weight, bias, gate])
-    *same, slopes = torch.autograd.grad(expected.square().sum(), [x, weight, bias, bits])
-    assert_close(grads, same, rtol=1e-9, atol=1e-9)
-    assert_close([grad_gate[k] for k, _ in learns], [slopes[bit] for _, bit in learns], rtol=1e-9, atol=1e-9)
-    assert grad_gate.count_nonzero() <= len(learns)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_special_gates_give_ones_zeros_and_finite_gradients(dtype: torch.dtype, form: tuple[bool, bool]) -> None:
-    gate = torch.tensor([0.0, -0.0, math.inf, -math.inf, 1e-45, -1e-8], dtype=dtype, requires_grad=True)
-    u = connectivity(gate, 64, 64, *form)
-    assert set(u.unique().tolist()) == {0.0, 1.0}
-    assert u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    u.sum().backward()
-    assert gate.grad.isfinite().all()
-    assert not gate.grad[gate.detach().isinf()].any()
-
-
-@given(gate_values, forms)
-def test_gates_can_be_read_from_other_values(values: list[float], form: tuple[bool, bool]) -> None:
-    """Second derivatives use the values that the forward pass has read."""
-    gate = torch.tensor(values, dtype=torch.float64, requires_grad=True)
-    now = (-gate.detach()).requires_grad_()
-    num_codes = 1 << len(values)
-    expected = connectivity(gate, num_codes, num_codes, *form)
-    u = connectivity(now, num_codes, num_codes, *form, gate.detach())
-    assert torch.equal(u, expected)
-    assert_close(*(torch.autograd.grad(value.cumsum(0).sum(), leaf) for value, leaf in ((u, now), (expected, gate))))

@@ -4,28 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import gates, sorted_or_not, trained
+from conftest import gates, trained
+from test_steering import loss_of
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, complexity, constrained_loss, freeze_groups, layer_groups
-
-
-def loss_of(model: nn.Module) -> torch.Tensor:
-    x = torch.sin(torch.arange(8 * 3 * 32 * 32.0)).view(8, 3, 32, 32)
-    return nn.functional.cross_entropy(model.eval()(x), torch.arange(8) % 3)
-
-
-@sorted_or_not
-def test_complexity_in_a_loss_closes_gates(form: dict[str, bool]) -> None:
-    model = trained(num_classes=3, **form)
-    optimizer = torch.optim.SGD(gates(model), 0.1)
-    for _ in range(10):
-        optimizer.zero_grad()
-        (loss_of(model) + complexity(model)).backward()
-        optimizer.step()
-    assert layer_groups(model) == [2 ** len(gate) for gate in gates(model)]
+from timm_dgconv import DGConv2d, complexity, constrained_loss, freeze_groups
 
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lamb"])

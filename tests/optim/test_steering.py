@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,9 @@ from conftest import forms, gates
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dgconv import DGConv2d, complexity, freeze_groups, steer
 from timm_dgconv.layers import gate_reader
@@ -58,6 +59,14 @@ def set_gates(model: nn.Module, value: Callable[[torch.Tensor], torch.Tensor | f
             gate.grad = torch.full_like(gate, grad) if grad else None
 
 
+def check_term(model: nn.Module, step: Callable[[], Any]) -> None:
+    """A step of SGD without other gradients moves the gates by the term."""
+    before, expected = values(model), gradient(model)
+    step()
+    for gate, start, term in zip(gates(model), before, expected, strict=True):
+        assert_close(gate - start, -LR * WEIGHT * term)
+
+
 # Loops
 
 
@@ -70,13 +79,6 @@ def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for n in range(4):
         (loss_of(model, slice(2 * n, 2 * n + 2)) / 4).backward()
     optimizer.step()
-
-
-def scaled(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
-    scaler.scale(loss_of(model)).backward()
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def scaled_and_clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -99,7 +101,7 @@ def with_named_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     with_closure(model, optimizer, named=True)
 
 
-LOOPS = [plain, accumulated, scaled, scaled_and_clipped, with_closure, with_named_closure]
+LOOPS = [plain, accumulated, scaled_and_clipped, with_closure, with_named_closure]
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), LR),
     "fused": lambda model: torch.optim.SGD(model.parameters(), LR, fused=True),
@@ -176,10 +178,7 @@ def pickled(module: nn.Module) -> nn.Module:
 def test_copies_are_steered(copied: Callable[[nn.Module], nn.Module], kwargs: dict[str, Any]) -> None:
     """Also gates that the loss does not reach."""
     model = copied(network(**kwargs))
-    before, expected = values(model), gradient(model)
-    torch.optim.SGD(gates(model), LR).step()
-    for gate, start, term in zip(gates(model), before, expected, strict=True):
-        assert_close(gate - start, -LR * WEIGHT * term)
+    check_term(model, torch.optim.SGD(gates(model), LR).step)
 
 
 def test_weight_zero_ends_it() -> None:
@@ -221,7 +220,7 @@ def test_optimizers_without_gates_are_left_alone() -> None:
 
 
 @forms
-@pytest.mark.parametrize("share", [0.01, 0.99, 1.0, 2.0])
+@pytest.mark.parametrize("share", [0.1, 0.99, 1.0, 2.0])
 def test_the_term_acts_above_the_target(share: float, form: dict[str, bool]) -> None:
     model = network(**form)
     is_above = share < 1
@@ -229,57 +228,6 @@ def test_the_term_acts_above_the_target(share: float, form: dict[str, bool]) -> 
     torch.optim.SGD(model.parameters(), 0.0).step()
     for gate, term in zip(gates(model), gradient(model), strict=True):
         assert_close(gate.grad, WEIGHT * term * is_above)
-
-
-@pytest.mark.parametrize("target", [0.02, 0.1, 0.25, 0.5, 1.0])
-def test_a_step_opens_nothing_above_the_target(target: float) -> None:
-    model = network(1e-9, complexity_target=target)
-    set_gates(model, lambda gate: -torch.rand_like(gate), grad=-2.0)  # all closed
-    before = values(model)
-    fewest = density(model)
-    torch.optim.SGD(model.parameters(), 0.5).step()  # would open all
-    assert target / 2 < density(model) <= max(target, fewest)
-    for gate, start in zip(gates(model), before, strict=True):
-        assert_close(gate.abs(), start + 1)
-    assert target < 1 or density(model) == 1
-
-
-@pytest.mark.parametrize(
-    ("target", "drift", "opt"),
-    [(0.01, -1.0, "momentum"), (0.01, 1.0, "adamw"), (0.2, 0.0, "momentum"), (0.2, -1.0, "adamw"), (0.2, 1.0, "adamw")],
-)
-def test_target_is_reached_and_held(target: float, drift: float, opt: str) -> None:
-    """Layers as wide as in g_resnext50, gradients of noise, and gates with and without a common drift."""
-    torch.manual_seed(0)
-    widths = [width for width, blocks in ((128, 3), (256, 4), (512, 6), (1024, 3)) for _ in range(blocks)]
-    model = nn.ModuleList(DGConv2d(width, width, 1, bias=False) for width in widths)
-    set_gates(model, lambda gate: 0.05 + 0.05 * torch.randn_like(gate))
-    steer(model, 100.0, target)
-    optimizer = create_optimizer_v2(gates(model), opt=opt, lr=5e-3, weight_decay=0.0)
-    densities, patterns = [density(model)], []
-    for _ in range(300):
-        before = values(model)
-        for gate in gates(model):
-            gate.grad = torch.randn_like(gate) - drift
-        optimizer.step()
-        densities.append(density(model))
-        patterns.append(tuple(torch.cat(gates(model)).signbit().tolist()))
-        assert densities[-1] <= max(target, densities[-2])
-        if densities[-1] < target:
-            for gate, start in zip(gates(model), before, strict=True):
-                for k in (gate.signbit() & ~start.signbit()).nonzero():
-                    assert opened(model, gate, k) > target, "a gate closed that could be open"
-    assert densities[0] > target >= densities[-1]
-    assert drift or len(set(patterns[-100:])) > 1, "the groups go on learning"
-
-
-@torch.no_grad()
-def opened(model: nn.Module, gate: torch.Tensor, k: torch.Tensor) -> float:
-    """Density of the model if this gate were open."""
-    gate[k] *= -1
-    result = density(model)
-    gate[k] *= -1
-    return result
 
 
 def test_gates_compete_for_the_target() -> None:
@@ -293,21 +241,6 @@ def test_gates_compete_for_the_target() -> None:
         assert_close(conv.gate.detach(), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_target_is_held_by_lookahead(seed: int) -> None:
-    """Its step averages the gates with older gates, after the step of another optimizer."""
-    target, model = 0.2, network(complexity_target=0.2)
-    optimizer = create_optimizer_v2(gates(model), opt="lookahead_momentum", lr=0.2, weight_decay=0.0)
-    torch.manual_seed(seed)
-    for _ in range(200):
-        before = density(model)
-        for gate in gates(model):
-            gate.grad = torch.randn_like(gate)
-        optimizer.step()
-        assert density(model) <= max(target, before)
-    assert density(model) <= target
-
-
 def test_target_is_held_by_layers_that_share_their_gates() -> None:
     model = nn.Sequential(DGConv2d(16, 16, 1), DGConv2d(16, 16, 1))
     model[1].sorted_gate = model[0].sorted_gate
@@ -318,32 +251,26 @@ def test_target_is_held_by_layers_that_share_their_gates() -> None:
     assert_close(model[0].gate.abs(), torch.full((4,), 0.5))
 
 
-@pytest.mark.parametrize("target", [None, 0.01])
+@pytest.mark.parametrize("target", [None, 0.02])
 def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())  # as on CUDA
     model = nn.ModuleList(DGConv2d(64, 64, 1, bias=False) for _ in range(20))
     set_gates(model, lambda gate: 0.5 + torch.rand_like(gate))
     steer(model, 1e-2, target)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    calls: Counter[str] = Counter()
+    calls: list[str] = []
 
-    def count(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs)
 
     for name in ("tolist", "item", "cpu", "numpy", "__float__", "__bool__"):
-        count(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
     for _ in range(3):
         optimizer.zero_grad()
         before = values(model)
         calls.clear()
         optimizer.step()
-        assert calls == ({"tolist": 1} if target else {})
+        assert calls == (["tolist"] if target else [])
         assert all(not torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
 
 
@@ -377,15 +304,35 @@ def test_bound_leaves_frozen_gates() -> None:
     assert all((gate.abs() <= 0.05).all() for gate in others)
 
 
-@pytest.mark.parametrize("opt", ["momentum", "adamw", "lookahead_momentum"])
-def test_gates_stand_still_after_the_last_of_their_steps(opt: str) -> None:
-    model = network(gate_steps=3)
-    optimizer = create_optimizer_v2(model, opt=opt, lr=0.1, weight_decay=0.1)
-    moved = []
-    for _ in range(6):
-        before, weight = values(model), model.fc.weight.detach().clone()
-        optimizer.zero_grad()
-        plain(model, optimizer)
-        moved.append(any(not torch.equal(*pair) for pair in zip(values(model), before, strict=True)))
-        assert not torch.equal(model.fc.weight, weight)
-    assert moved == [True] * 3 + [False] * 3
+def test_gates_that_stand_still_cost_what_frozen_gates_cost() -> None:
+    model = network(gate_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+
+    def flops() -> int:
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            loss_of(model).backward()
+        return counter.get_total_flops()
+
+    learning = flops()
+    assert all(gate.grad.any() for gate in gates(model))
+    optimizer.step()
+    settled = flops()
+    assert all(torch.equal(gate.grad, torch.zeros_like(gate)) for gate in gates(model))
+    freeze_groups(model)
+    assert flops() == settled < learning
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch compiles the masked dense form")
+def test_compiled_networks_learn_until_their_gates_stand_still() -> None:
+    torch._dynamo.reset()
+    model, compiles = network(gate_steps=2), CompileCounter()
+    run = torch.compile(model.eval(), backend=compiles, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    learned = []
+    for _ in range(5):
+        model.zero_grad()
+        run(torch.ones(2, 3, 32, 32)).square().sum().backward()
+        learned.append((any(gate.grad.any() for gate in gates(model)), compiles.frame_count))
+        optimizer.step()
+    assert learned == [(True, 1), (True, 1), (False, 2), (False, 2), (False, 2)]

@@ -1,0 +1,267 @@
+"""Training loops in which a step is more, or something else, than one call of a torch optimizer."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from conftest import gates
+from test_steering import LR, check_term, density, loss_of, network, set_gates, values
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
+
+from timm_dgconv import DGConv2d, complexity, freeze_groups, hold_target, steer
+
+TARGET = 0.2
+
+
+class OpensGates(torch.optim.SGD):
+    """Changes parameters after the step of its base class."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(group.get("shift", 0))
+        return loss
+
+
+def test_a_step_inside_of_a_step_is_no_step() -> None:
+    model = network()
+    torch.optim.SGD(model.parameters(), 0.0)  # torch hooks the step of a class when it is first used
+    check_term(model, OpensGates(gates(model), LR).step)
+
+
+def test_a_step_that_raised_is_over() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(gates(model), LR)
+
+    def fails() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fails)
+    check_term(model, optimizer.step)
+
+
+@pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimizer_that_maximizes_closes_gates_too(opt: type[torch.optim.Optimizer]) -> None:
+    ends = []
+    for maximize in (False, True):
+        model = network()
+        opt(gates(model), LR, maximize=maximize).step()  # type: ignore[call-arg]
+        ends.append(values(model))
+    assert_close(*ends)
+
+
+class Averager:
+    """Averages parameters with those of a process whose gates are open."""
+
+    def average_parameters(self, params: Iterable[Any]) -> None:
+        with torch.no_grad():
+            for group in params:
+                for parameter in group["params"]:
+                    parameter.add_(2.0)
+
+
+def opens_gates(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return OpensGates([{"params": parameters, "shift": 2.0}], LR)
+
+
+def post_local(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optim = pytest.importorskip("torch.distributed.optim")
+    return optim.PostLocalSGDOptimizer(torch.optim.SGD(parameters, LR), Averager())
+
+
+def lookahead(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return create_optimizer_v2(parameters, opt="lookahead_momentum", lr=0.2, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("optimizer", [opens_gates, post_local, lookahead])
+def test_the_target_is_held_after_the_outermost_step(
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> None:
+    """These optimizers change gates after the step of another one."""
+    model = network(1e-9, complexity_target=TARGET)
+    set_gates(model, lambda gate: -torch.rand_like(gate))
+    outermost = optimizer(gates(model))
+    for _ in range(60):
+        for gate in gates(model):
+            gate.grad = torch.randn_like(gate)
+        outermost.step()
+        assert density(model) <= TARGET
+    assert density(model) > TARGET / 2
+
+
+def test_an_optimizer_per_parameter_steps_in_backward() -> None:
+    model = network(complexity_target=TARGET)
+    optimizers = {parameter: torch.optim.SGD([parameter], LR) for parameter in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        before = density(model)
+        loss_of(model).backward()
+        assert density(model) <= max(TARGET, before)
+    (steering,) = {conv.steered.steering for conv in model.modules() if isinstance(conv, DGConv2d)}
+    assert steering.taken == 3
+
+
+# Counted steps
+
+
+def moves(model: nn.Module, step: Callable[[], Any]) -> bool:
+    before = values(model)
+    step()
+    return any(not torch.equal(*pair) for pair in zip(values(model), before, strict=True))
+
+
+def test_steps_are_counted_per_model() -> None:
+    model = network(gate_steps=3)
+    first, second = gates(model)[:2], gates(model)[2:]
+    pair = [torch.optim.SGD(part, LR) for part in (first, second)]
+    assert moves(model, lambda: [optimizer.step() for optimizer in pair])
+    other = torch.optim.SGD(gates(model), LR)  # as after a change of the learning rate
+    assert moves(model, other.step)
+    assert moves(model, other.step)
+    assert not moves(model, other.step)
+    copied = copy.deepcopy(model)
+    assert not moves(copied, torch.optim.SGD(gates(copied), LR).step)
+
+
+def test_a_step_that_a_fused_optimizer_skips_is_not_counted() -> None:
+    model = network(gate_steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), LR, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for factor, expected in ((float("inf"), False), (1.0, True), (1.0, False)):
+
+        def step(factor: float = factor) -> None:
+            optimizer.zero_grad()
+            (scaler.scale(loss_of(model)) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update(64.0)
+
+        assert moves(model, step) == expected
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_momentum"])
+def test_gates_stop_within_the_target(opt: str) -> None:
+    model = network(1e-9, complexity_target=0.1, gate_steps=2)
+    set_gates(model, lambda gate: 0.05, grad=-1.0)
+    optimizer = create_optimizer_v2(gates(model), opt=opt, lr=LR, weight_decay=0.1)
+    assert [moves(model, optimizer.step) for _ in range(7)] == [True] * 2 + [False] * 5
+    assert 0.05 < density(model) <= 0.1
+
+
+# Copies of single layers
+
+
+class Saved(nn.Module):
+    """As PEFT's `modules_to_save`: a frozen layer and a copy that trains."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original = original.requires_grad_(False)
+        self.copy = copy.deepcopy(original).requires_grad_(True)
+
+
+def test_copied_layers_have_the_target_of_their_model() -> None:
+    model = nn.ModuleList(DGConv2d(16, 16, 1) for _ in range(4))
+    steer(model, 1e-9, 0.5)
+    set_gates(model, lambda gate: 0.1 + torch.rand_like(gate))
+    whole = nn.ModuleList([Saved(conv) if n < 2 else conv.requires_grad_(False) for n, conv in enumerate(model)])
+    trained = [part.copy for part in whole if isinstance(part, Saved)]
+    steps = [conv.gate.detach().clone() for conv in trained]
+    for _ in range(30):
+        for conv, step in zip(trained, steps, strict=True):
+            conv.gate.grad = step
+        torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], 0.1).step()
+    # Two of four layers are frozen and dense, so the others have no share of the target left.
+    assert [conv.num_groups for conv in trained] == [16, 16]
+    used = [*trained, *model[2:]]
+    assert sum(complexity(conv).item() for conv in used) <= 0.5 * 4 * 256 + 2 * 16
+
+
+# Loops that no hook sees
+
+
+def train(model: nn.Module, step: Callable[[], Any], count: int = 8) -> None:
+    for _ in range(count):
+        model.train()(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        step()
+        model.zero_grad()
+
+
+def descend(model: nn.Module, rate: float = 1e-4) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(rate * parameter.grad)
+
+
+def test_gates_that_no_torch_optimizer_changes_are_noticed_once() -> None:
+    model = network(complexity_target=TARGET)
+    other = nn.Linear(2, 2)
+    torch.optim.AdamW(other.parameters()).step()
+    with pytest.warns(UserWarning, match=r"without a step .*last step was of AdamW.*hold_target") as warned:
+        train(model, lambda: descend(model), 20)
+    assert len(warned) == 1
+
+
+def test_usual_loops_are_not_warned_of() -> None:
+    model = network(complexity_target=TARGET)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+
+    def sharpness_aware() -> None:
+        descend(model, -1e-4)
+        model.zero_grad()
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+
+    def in_evaluation() -> None:
+        with torch.no_grad():
+            model(torch.randn(2, 3, 32, 32))
+        descend(model)
+        model.eval()(torch.randn(2, 3, 32, 32))
+
+    held = network(complexity_target=TARGET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(held, lambda: [descend(held), hold_target(held)])
+        train(model, optimizer.step)
+        train(model, sharpness_aware)
+        for _ in range(8):
+            model.zero_grad()
+            loss_of(model).backward()
+            in_evaluation()
+
+
+# Averages
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_average_can_be_brought_within_the_target(frozen: bool) -> None:
+    model = network(complexity_target=TARGET)
+    set_gates(model, lambda gate: 0.1 + torch.rand_like(gate))
+    average = AveragedModel(model)
+    freeze_groups(average, frozen)
+    assert density(average) == 1
+    before = values(average)
+    hold_target(average)
+    assert TARGET / 2 < density(average) <= TARGET
+    assert density(model) == 1
+    for gate, start in zip(gates(average), before, strict=True):
+        assert_close(gate.abs(), start)
+
+
+def test_only_a_target_can_be_held() -> None:
+    with pytest.raises(ValueError, match=r"GResNet has no complexity_target; use timm_dgconv\.steer"):
+        hold_target(network())
