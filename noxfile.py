@@ -40,17 +40,18 @@ def clients(session: nox.Session) -> None:
     session.run("pytest", "-m", "client", *session.posargs)
 
 
-@nox.session
-def docs(session: nox.Session) -> None:
-    """Build the pages in site/, and open them in a browser. A link or an anchor that does not exist is an error."""
-    session.install("-e", ".[docs,test]")
-    session.env["NO_MKDOCS_2_WARNING"] = "1"
-    session.run("mkdocs", "build", "--strict")
-    session.run("pytest", "tests/test_site.py")
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Run the default tests and print the lines that they do not run. Children of the tests are not counted."""
+    session.install("-e", ".[test]", "pytest-cov")
+    session.run(
+        "pytest", "--cov=timm_dgconv", "--cov-branch", "--cov-report=term-missing:skip-covered", *session.posargs
+    )
 
 
 @nox.session
-def slow(session: nox.Session) -> None:
-    """Run the tests that take longer."""
-    session.install("-e", ".[test]")
-    session.run("pytest", "-m", "slow and not client", *session.posargs)
+@nox.parametrize("tools", [".[mobile]", "apache-tvm"], ids=["mobile", "tvm"])
+def mobile(session: nox.Session, tools: str) -> None:
+    """Run the tests of the tools for phones and small devices. CI does not run them."""
+    session.install("-e", ".[test]", tools)
+    session.run("pytest", "-n", "0", "-m", "client", "tests/integrations/test_deploy_tools.py", *session.posargs)
