@@ -50,8 +50,8 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("tools", [".[mobile]", "apache-tvm"], ids=["mobile", "tvm"])
-def mobile(session: nox.Session, tools: str) -> None:
+@nox.parametrize("tools", [["-e", ".[test,mobile]"], ["-e", ".[test]", "apache-tvm"]], ids=["mobile", "tvm"])
+def mobile(session: nox.Session, tools: list[str]) -> None:
     """Run the tests of the tools for phones and small devices. CI does not run them."""
-    session.install("-e", ".[test]", tools)
+    session.install(*tools)
     session.run("pytest", "-n", "0", "-m", "client", "tests/integrations/test_deploy_tools.py", *session.posargs)

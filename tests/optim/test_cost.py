@@ -125,7 +125,7 @@ def test_copies_keep_the_cost(copied: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def rows(draw: Any, tables: list[list[float]], name: str) -> list[list[float]]:
-    value = st.floats(-1, 1, width=32)
+    value = st.floats(-1, 1, width=32, allow_subnormal=False)
     return [draw(st.lists(value, min_size=len(t) - 1, max_size=len(t) - 1), label=name) for t in tables]
 
 
@@ -135,9 +135,9 @@ def test_a_hold_leaves_no_gate_closed_that_fits(data: st.DataObject) -> None:
     costs = st.lists(st.floats(0.001, 10), min_size=2, max_size=5, unique=True)
     tables = [sorted(t, reverse=True) for t in data.draw(st.lists(costs, min_size=1, max_size=4))]
     before, stepped = rows(data.draw, tables, "before"), rows(data.draw, tables, "stepped")
-    rest = data.draw(st.floats(0, 5))
+    rest = data.draw(st.floats(0, 5, allow_subnormal=False))
     least, dense = (rest + sum(t[n] for t in tables) for n in (-1, 0))
-    budget = least + data.draw(st.floats(0, 1)) * (dense - least)
+    budget = least + data.draw(st.floats(0, 1, allow_subnormal=False)) * (dense - least)
     floor = data.draw(st.sampled_from([0.0, REACHED * budget]))
     held = hold(before, stepped, [tuple(t) for t in tables], rest, budget, budget, floor)
 
