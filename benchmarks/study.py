@@ -4,7 +4,8 @@
     python benchmarks/study.py --data-dir data --quick    # one seed from scratch at 1/8 of the connections
     python benchmarks/study.py --report                   # table and figure of the finished runs
     python benchmarks/study.py --data-dir data --forms    # the forms of gates, with two optimizers
-    python benchmarks/study.py --report --forms           # their table
+    python benchmarks/study.py --data-dir data --costs    # networks with the same multiply-adds, and their times
+    python benchmarks/study.py --report --forms           # the table of the forms, or of --costs
     python benchmarks/study.py --data-dir data --model g_resnet18     # another network
 
 `--data-dir` is the folder with FashionMNIST/raw, as torchvision writes it. `--download` fetches the images. The files
@@ -13,8 +14,8 @@ of Debian's package dataset-fashion-mnist work, too:
     mkdir -p data/FashionMNIST/raw && cp /usr/share/datasets/fashion-mnist/*.gz data/FashionMNIST/raw
     gunzip data/FashionMNIST/raw/*.gz
 
-Each finished run is one row of study.json in `--output` (with `--forms` of study_forms.json), and a second call skips
-it. A row has top-1 and the flips of gates for each epoch, and the rest as it is after the last epoch. The most
+Each finished run is one row of study.json in `--output` (or of study_forms.json, study_costs.json), and a second call
+skips it. A row has top-1 and the flips of gates for each epoch, and the rest as it is after the last epoch. The most
 important runs come first. The pruned networks need torch-pruning.
 """
 
@@ -28,6 +29,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fractions import Fraction
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +42,13 @@ from matplotlib.figure import Figure
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dgconv import DGConv2d, compact, constrained_loss, demo, group_report, layer_groups
+from timm_dgconv import DGConv2d, compact, constrained_loss, demo, group_report, groupable, layer_groups, steer
 from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
+from timm_dgconv.runtimes import RUNTIMES
 
 DATA: dict[str, Any] = dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
 NETS: dict[str, dict[str, Any]] = {
@@ -71,12 +74,19 @@ FORMS: dict[str, dict[str, Any]] = {
     "unsorted": dict(sort=False),
 }
 """The forms of gates, with arguments of `timm.create_model`. Each is trained as "held, settled"."""
-ARGS = LEARNED | {name: LEARNED["held, settled"] | form for name, form in FORMS.items()}
+MACS: dict[str, Any] = LEARNED["held, settled"] | dict(complexity_unit="macs")
+COSTS: dict[str, dict[str, Any]] = {"learned": MACS, "learned, 1x1 too": MACS | dict(pointwise=True)}
+"""Variants with a target in multiply-adds, with arguments of `timm.create_model`."""
+PRUNED_FIRST = "pruned, then learned"
+"""This variant is pruned to the square root of its share, and learns groups to reach its share."""
+ARGS = LEARNED | {name: LEARNED["held, settled"] | form for name, form in FORMS.items()} | COSTS
 """Arguments of `timm.create_model` for all variants with gates that learn."""
 COMPARED = ["fixed", "random", "held", "paper"]
-PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4}
+PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4, "pruned to the target": TARGET}
 """Variants that are pruned, with their share of the dense network's multiply-adds. None is the share of "fixed"."""
-VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in ARGS if name not in COMPARED)]
+VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in ARGS if name not in COMPARED), PRUNED_FIRST]
+PROGRAMS = [(name, batch_size) for name in ("eager", "onnxruntime") for batch_size in (1, 16)]
+"""What measures the times of the deployed networks, and for how many images."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": dict(weight_decay=5e-4, momentum=0.9),
     "adamw": dict(weight_decay=0.05),
@@ -126,6 +136,17 @@ def form_runs(model: str, seeds: Sequence[int], targets: Sequence[float], optimi
     return result
 
 
+def cost_runs(model: str, seeds: Sequence[int]) -> list[Run]:
+    """Return the runs at equal multiply-adds, which are a share of the dense network's."""
+    result = [Run(model, "scratch", "dense", 1.0, seed) for seed in seeds]
+    for seed, share in itertools.product(seeds, (1 / 2, 3 / 4)):
+        names = ["learned", "pruned to the target", PRUNED_FIRST]
+        if model == "g_resnext50":  # its 1x1 convolutions have half of the multiply-adds
+            names += ["learned, 1x1 too", "fixed"]
+        result += [Run(model, "dense", name, share, seed) for name in names]
+    return result
+
+
 def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
     """Return the network at the beginning of a run.
 
@@ -146,6 +167,14 @@ def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
         bench.set_groups(model, 1)
     if run.variant in PRUNED:
         return prune(model, run)
+    if run.variant == PRUNED_FIRST:
+        cost, pruned = multiply_adds(model), prune(model, run)
+        target = run.target * cost / multiply_adds(pruned)
+        steer(groupable(pruned), target=target, steps=values[SETTLED], unit="macs", input_size=DATA["input_size"])
+        return pruned
+    if run.variant == "fixed" and run.target in (1 / 2, 3 / 4):  # shares of the multiply-adds of g_resnext50
+        bench.set_groups(model, {1 / 2: 32, 3 / 4: 2}[run.target])
+        return compact(model)
     if run.variant not in ARGS:
         close_gates(model, run.target, shuffle=run.variant == "random")
         return compact(model)
@@ -187,18 +216,24 @@ def prune(model: nn.Module, run: Run) -> nn.Module:
     import torch_pruning
 
     example = torch.zeros(1, *DATA["input_size"])
-    plain, grouped = compact(model), build(run._replace(variant="fixed"), {}, 1)
-    share = PRUNED[run.variant]
-    goal, _ = torch_pruning.utils.count_ops_and_params(plain if share else grouped, example)
-    goal *= share or 1
+    share, plain = PRUNED.get(run.variant, math.sqrt(run.target)), compact(model)
+    goal = multiply_adds(plain) * (run.target if share is TARGET else share or 1)
+    if share is None:
+        goal = multiply_adds(build(run._replace(variant="fixed"), {}, 1))
 
     def pruned(ratio: float) -> tuple[float, nn.Module]:
         result = copy.deepcopy(plain)
         importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
         torch_pruning.pruner.BasePruner(
-            result, example, importance, pruning_ratio=ratio, global_pruning=False, ignored_layers=[result.fc]
+            result,
+            example,
+            importance,
+            pruning_ratio=ratio,
+            global_pruning=False,
+            round_to=4 if run.variant == PRUNED_FIRST else None,
+            ignored_layers=[result.fc],
         ).step()
-        return torch_pruning.utils.count_ops_and_params(result, example)[0], result
+        return multiply_adds(result), result
 
     low, high = 0.0, 1.0
     for _ in range(10):
@@ -268,8 +303,34 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
     averaged = round(demo.evaluate(average.module, loaders[1], device)[0], 2)
     if (run.start, run.variant) == ("scratch", "dense"):
         torch.save(model.state_dict(), saved)
+    if args.costs:
+        torch.save(reparameterize_model(model.eval()), args.output / file_name(run))
     result = dict(top1=top1, top1_averaged=averaged, flips=flips, seconds=round(time.monotonic() - start))
     return {**run._asdict(), **result, **snapshot(model, run.variant in PRUNED)}
+
+
+def file_name(run: Run) -> str:
+    """Return the name of the file with the deployed network of a run."""
+    return f"{run.model} {run.start} {run.variant} {run.target} {run.seed}.pt"
+
+
+def measure(rows: list[bench.Row], folder: Path, rounds: int) -> None:
+    """Write the times of all deployed networks into their rows, as ratios to the dense network of the same seed."""
+    torch.set_num_threads(1)
+    for (name, batch_size), seed in itertools.product(PROGRAMS, sorted({row["seed"] for row in rows})):
+        found = {n: row for n, row in enumerate(rows) if row["seed"] == seed}
+        images = torch.randn(batch_size, *DATA["input_size"])
+        calls: dict[Any, Any] = {}
+        for n, row in found.items():
+            net = torch.load(folder / file_name(Run(*(row[key] for key in Run._fields))), weights_only=False)
+            net.to(memory_format=torch.contiguous_format)
+            run = RUNTIMES[name](net, images)
+            calls[n] = partial(run, images)
+        with torch.inference_mode():
+            times = bench.interleave(calls, rounds, "cpu", f"{name}, {batch_size}")
+        (dense,) = (times[n] for n, row in found.items() if row["variant"] == "dense")
+        for n, row in found.items():
+            row.setdefault("times", {})[f"{name}, {batch_size}"] = bench.summary(times[n], dense)["ratio"]
 
 
 def gate_pattern(model: nn.Module) -> Tensor:
@@ -327,7 +388,11 @@ def table(rows: list[bench.Row]) -> str:
     for start, variant, target, optimizer in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         seeds = select(rows, start, variant, target, optimizer)
         has_gates = variant not in PRUNED
-        cells: bench.Row = {"optimizer": optimizer, "start": start, "target": f"1/{1 / target:.0f}"}
+        cells: bench.Row = {
+            "optimizer": optimizer,
+            "start": start,
+            "target": str(Fraction(target).limit_denominator(64)),
+        }
         cells |= {"variant": variant, "seeds": len(seeds)}
         cells["connections, %"] = f"{100 * mean(seeds, 'density'):.1f}" if has_gates else ""
         cells["multiply-adds, M"] = f"{mean(seeds, 'macs') / 1e6:.2f}"
@@ -336,6 +401,8 @@ def table(rows: list[bench.Row]) -> str:
         learns = variant in ARGS
         cells["flips per epoch"] = ", ".join(f"{flips:.0f}" for flips in curve(seeds, "flips")) if learns else ""
         groups = mean_groups(seeds) if has_gates else []
+        for program in seeds[0].get("times", {}):
+            cells[f"time, {program}"] = f"{statistics.median(row['times'][program] for row in seeds):.2f}"
         cells["groups per layer (geometric mean)"] = ", ".join(f"{n:.3g}" for n in groups)
         result.append(cells)
     return bench.table(result)
@@ -350,7 +417,7 @@ def plot(rows: list[bench.Row], path: Path) -> None:
     colors = {variant: f"C{n}" for n, variant in enumerate(VARIANTS)}
     titles = {"scratch": "from scratch", "dense": "from a trained dense network"}
     for (start, title), (accuracy, groups) in zip(titles.items(), axes.T, strict=False):
-        for variant, marker in zip(["dense", *COMPARED, *PRUNED], "*sxo^PP", strict=True):
+        for variant, marker in zip(["dense", *COMPARED, *PRUNED], "*sxo^PPP", strict=True):
             found = [found for target in targets if (found := select(rows, start, variant, target))]
             if not found:
                 continue
@@ -406,6 +473,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="a small part")
     parser.add_argument("--forms", action="store_true", help="compare the forms of gates")
+    parser.add_argument("--costs", action="store_true", help="compare networks with the same multiply-adds")
+    parser.add_argument("--rounds", type=int, default=0, help="with --costs, measure times in so many rounds")
     parser.add_argument("--targets", type=Fraction, nargs="+", default=[Fraction(1, 8)], help="with --forms")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS, help="with --forms")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -414,12 +483,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.output.mkdir(exist_ok=True)
-    path = args.output / ("study_forms.json" if args.forms else "study.json")
+    path = args.output / f"study{'_forms' * args.forms or '_costs' * args.costs}.json"
     rows: list[bench.Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {tuple(row[key] for key in Run._fields) for row in rows}
     wanted = [] if args.report else runs(args.model, args.seeds, args.quick)
     if args.forms and not args.report:
         wanted = form_runs(args.model, args.seeds, list(map(float, args.targets)), args.optimizers)
+    elif args.costs and not args.report:
+        wanted = cost_runs(args.model, args.seeds)
     todo = [run for run in wanted if run not in done and run.variant in (args.variants or VARIANTS)]
     needed = [run for run in todo if (run.start, run.variant) == ("scratch", "dense")]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, tqdm(total=len(todo)) as bar:
@@ -428,9 +499,12 @@ def main() -> None:
                 rows = sorted([*rows, future.result()], key=place)
                 bench.save(rows, path, args.device)
                 bar.update()
+    if args.rounds:
+        measure([row for row in rows if row["model"] == args.model], args.output, args.rounds)
+        bench.save(rows, path, args.device)
     rows = [row for row in rows if row["model"] == args.model]
     print(table(rows))
-    if args.model == "g_resnext50" and not args.forms:
+    if args.model == "g_resnext50" and not args.forms and not args.costs:
         plot(rows, args.output / "study.png")
 
 

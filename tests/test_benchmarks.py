@@ -93,6 +93,8 @@ def test_the_study_trains_each_run_once(bench: Any, tmp_path: Path) -> None:
     shares = {n: study.snapshot(study.build(run._replace(variant=n), {}, 1))["density"] for n in study.COMPARED}
     assert shares["fixed"] == 1 / 8 != shares["held"]
     assert shares["random"] == pytest.approx(1 / 8, rel=0.02)
+    macs = {n: study.multiply_adds(study.build(run._replace(target=n), {}, 1)) for n in (1, 3 / 4, 1 / 2)}
+    assert all(0.97 * n <= found / macs[1] <= n for n, found in macs.items()), "with --costs"
     folder = tmp_path / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
     for part in ("train", "t10k"):

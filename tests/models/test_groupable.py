@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import FORMS
+from conftest import FORMS, outputs, trained
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils import reparameterize_model
@@ -104,6 +104,19 @@ def test_blocks_that_merge_weights_are_left_alone_unless_they_are_chosen() -> No
     deployed = reparameterize_model(compact(model))
     assert type(deployed[0]) is nn.Conv2d
     assert_close(deployed(x), model(x))
+
+
+def test_blocks_that_fold_their_gates_are_converted() -> None:
+    """The compact form of a network of this package, for example after its channels were pruned."""
+    model = compact(trained("g_resnext50", layers=(1, 1, 1, 1), channels=(16, 16, 16, 16), zero_init_last=False)).eval()
+    expected = outputs(model)
+    again = groupable(model)
+    assert len(converted(again)) == 4
+    assert_close(outputs(again), expected)
+    with torch.no_grad():
+        for conv in converted(again).values():
+            conv.gate.neg_()
+    assert_close(outputs(reparameterize_model(again)), outputs(again), rtol=1e-4, atol=1e-4)
 
 
 def test_where_chooses_any_convolution() -> None:

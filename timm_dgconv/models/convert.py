@@ -15,7 +15,10 @@ from timm_dgconv.ops import algebra
 Where = Callable[[str, nn.Conv2d], bool]
 
 _MERGES = ("fuse", "reparameterize", "switch_to_deploy")
-"""Methods that `timm.utils.reparameterize_model` calls. They read the weights of convolutions, and know no gates."""
+"""Methods that `timm.utils.reparameterize_model` calls. They read the weights of convolutions.
+
+A module whose methods know gates has the attribute `knows_gates`.
+"""
 
 
 def groupable(model: nn.Module, where: Where | None = None, sort: bool = True, nested: bool = True) -> nn.Module:
@@ -151,7 +154,9 @@ def _merged(model: nn.Module) -> dict[str, str]:
     merging = {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Conv2d) and any(hasattr(module, method) for method in _MERGES)
+        if not isinstance(module, nn.Conv2d)
+        and any(hasattr(module, method) for method in _MERGES)
+        and not getattr(module, "knows_gates", False)
     }
     names = list(_plain_convs(model)) if merging else []
     return {

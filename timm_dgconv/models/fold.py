@@ -19,6 +19,8 @@ _NORMS_WITH_ACT = (timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct, tim
 class FoldsNorms(nn.Module):
     """Mixin of the residual blocks of timm with learned groups: their method `fuse`."""
 
+    knows_gates = True  # for `timm_dgconv.groupable`
+
     def fuse(self) -> nn.Module:
         """Return the block for inference, as `timm.utils.reparameterize_model` requests it.
 
