@@ -128,6 +128,22 @@ def test_imports_may_come_in_any_order(imports: str) -> None:
     run(imports, MODELS_WORK)
 
 
+def test_any_name_may_be_imported_first() -> None:
+    """Each in a fork of a process that has imported torch only."""
+    code = """
+    import os, torch, timm_dgconv
+    modules = ["_compat", "optim.cost", "optim.hooks", "optim.steered_gates", "report", "tracing"]
+    imports = [f"import timm_dgconv.{name}" for name in modules]
+    for statement in imports + [f"from timm_dgconv import {name}" for name in timm_dgconv.__all__]:
+        if not (child := os.fork()):
+            exec(statement)
+            import timm
+            os._exit(not timm.is_model("g_resnext50"))
+        assert os.waitpid(child, 0)[1] == 0, statement
+    """
+    run(code)
+
+
 def test_the_timm_of_a_clone_has_the_models(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("timm")
     assert spec is not None

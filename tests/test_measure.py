@@ -25,6 +25,7 @@ def test_a_measured_table_is_a_target(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*COMMAND, "--out", str(path), *wide]) == 0
     out = capsys.readouterr().out
     assert "its 4 layers that learn groups take" in out
+    assert "train with --model-kwargs base_width=64 complexity_target=0." in out
     assert f"complexity_unit={path}" in out
     assert list(tmp_path.iterdir()) == [path]
     content = json.loads(path.read_text())
@@ -71,6 +72,7 @@ def test_every_runtime_is_measured(runtime: str) -> None:
         (["--runtime", "tflite"], "runtime 'tflite' is not one of eager, compile, onnxruntime, openvino"),
         (["--runtime", "openvino", "--device", "cuda"], "openvino is measured on a CPU and not on cuda"),
         (["--runtime", "onnxruntime"], "onnxruntime needs onnxruntime; use pip install 'timm-dgconv[measure]'"),
+        (["--device", "meta"], "device 'meta' cannot be measured; use cpu or cuda"),
         (["--batch-size", "0"], "batch_size=0 is not a number of at least 1"),
         (["--rounds", "1"], "rounds=1 is not a number of at least 2"),
         (["--img-size", "0"], "--img-size 0 is not a number of at least 1"),
@@ -119,3 +121,22 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write(content, tmp_path / "costs.json")
     assert not list(tmp_path.iterdir())
+
+
+class CalledByName(nn.Module):
+    """A convolution in bfloat16 whose input has a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)
+        groupable(self, lambda name, conv: name == "conv").bfloat16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(input=self.stem(x))
+
+
+def test_a_convolution_may_be_called_by_name(tmp_path: Path) -> None:
+    content = measure(CalledByName(), (3, 64, 64), rounds=3)
+    assert content["layers"]["conv"][0] > 0
+    write(content, str(tmp_path / "costs.json"))
+    assert cost_table(CalledByName(), str(tmp_path / "costs.json")).dense == pytest.approx(content["whole"])

@@ -70,6 +70,7 @@ def _measure(args: argparse.Namespace) -> None:
 
     from timm_dgconv.hub.errors import one_line
     from timm_dgconv.measure import measure, write
+    from timm_dgconv.models.group_net import TRAINING_ARGS
     from timm_dgconv.tracing import image_size
 
     if not args.out.absolute().parent.is_dir():
@@ -96,9 +97,10 @@ def _measure(args: argparse.Namespace) -> None:
     print(f"its {len(content['layers'])} layers that learn groups take {learn:.2f} ms of it, {least:.2f} ms at least")
     smallest = 1 - (learn - least) / content["whole"]
     print(f"the smallest complexity_target that can be reached is {math.ceil(1e3 * smallest) / 1e3}")
-    if smallest < 1:
-        target = math.ceil(50 * (1 + smallest)) / 100  # half way
-        print(f"\ntrain with --model-kwargs complexity_target={target} complexity_unit={args.out}")
+    target = math.ceil(500 * (1 + smallest)) / 1000  # half way
+    if target < 1:
+        network = "".join(f"{name}={value} " for name, value in args.model_kwargs.items() if name not in TRAINING_ARGS)
+        print(f"\ntrain with --model-kwargs {network}complexity_target={target} complexity_unit={args.out}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from timm.utils import reparameterize_model, unwrap_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 import timm_dgconv
 from timm_dgconv.models.compact import compact
 from timm_dgconv.optim.cost import FORMAT, named_layers
 from timm_dgconv.runtimes import RUNTIMES
-from timm_dgconv.tracing import image_size, trace
+from timm_dgconv.tracing import image_size, trace, unwrap
 
 _MOST = 1.3  # times the time of the network that its layers may take alone
 
@@ -65,17 +65,20 @@ def measure(
             raise ValueError(f"{argument}={value} is not a number of at least {least}")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime {runtime!r} is not one of {', '.join(RUNTIMES)}")
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} cannot be measured; use cpu or cuda")
     if runtime not in ("eager", "compile") and torch.device(device).type != "cpu":
         raise ValueError(f"{runtime} is measured on a CPU and not on {device}; use --device cpu")
-    model = unwrap_model(model)
+    model = unwrap(model)
     layers = named_layers(model)
     size = image_size(model, input_size)
     inputs = trace(model, size).inputs
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dtype = next(iter(layers.values())).weight.dtype
 
     def prepare(net: nn.Module, shape: Sequence[int]) -> Callable[[], Any]:
         net = net.eval().requires_grad_(False).to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-        x = torch.randn(batch_size, *shape, device=device).to(memory_format=memory_format)
+        x = torch.randn(batch_size, *shape, device=device, dtype=dtype).to(memory_format=memory_format)
         try:
             run = RUNTIMES[runtime](net, x)
         except ImportError as error:
@@ -149,7 +152,7 @@ def measure(
     }
 
 
-def write(content: dict[str, Any], path: Path) -> None:
+def write(content: dict[str, Any], path: str | Path) -> None:
     """Write a table, all of it or nothing, with one line per layer."""
 
     def text(value: Any, indent: str) -> str:
@@ -158,6 +161,7 @@ def write(content: dict[str, Any], path: Path) -> None:
         lines = [f"{indent} {json.dumps(key)}: {text(entry, indent + ' ')}" for key, entry in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
+    path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text(content, "") + "\n", encoding="utf-8")
     part.replace(path)
@@ -174,6 +178,7 @@ def _deployed(layer: nn.Conv2d, groups: int) -> nn.Conv2d:
         layer.dilation,  # type: ignore[arg-type]
         groups,
         padding_mode=layer.padding_mode,
+        dtype=layer.weight.dtype,
     )
 
 

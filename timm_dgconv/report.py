@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_dgconv.layers.dgconv import DGConv2d
@@ -15,7 +14,7 @@ from timm_dgconv.models.group_net import GroupFeatureListNet, group_layers
 from timm_dgconv.ops import algebra
 from timm_dgconv.ops.naive import connectivity
 from timm_dgconv.optim.cost import CostTable, read_costs
-from timm_dgconv.tracing import image_size, setting, trace
+from timm_dgconv.tracing import image_size, setting, trace, unwrap
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ class GroupReport:
         model: Name of the architecture, or of the class if there is no architecture.
         input_size: Channels, height and width of the image for which multiply-adds are counted.
         layers: The layers that learn their groups, or have learned them in the compact form, in the order of the model.
-        learned: Cost of the whole network with these groups, in the compact form.
+        learned: Cost of the whole network with these groups. The compact form of layers with ``sort=False`` may cost
+            more, see `timm_dgconv.compact`.
         dense: Cost of the whole network with one group in each of these layers.
         resnext: Cost of the ResNeXt with the same widths, or None if a layer is outside of a G-ResNeXt.
         costs: Measured costs of the network, or None.
@@ -279,7 +279,7 @@ def group_report(
         >>> report.layers[0].dense
         Cost(params=36928, macs=1806336)
     """
-    model = unwrap_model(model)
+    model = unwrap(model)
     convs = group_layers(model)
     if not convs:
         raise ValueError(

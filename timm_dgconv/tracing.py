@@ -27,6 +27,14 @@ class Trace(NamedTuple):
     outputs: dict[str, list[Tensor]]
 
 
+def unwrap(model: Any) -> nn.Module:
+    """Return the network inside of wrappers such as DistributedDataParallel: `module`, the only child of a wrapper."""
+    if not isinstance(model, nn.Module):  # timm's first ModelEma
+        return unwrap(model.ema)
+    inner = getattr(model, "module", None)
+    return unwrap(inner) if [*model.children()] == [inner] else model
+
+
 def setting(model: nn.Module, key: str) -> Any:
     """Return the first value of this key in a pretrained_cfg of the model or of a module inside, or None."""
     cfgs = (getattr(module, "pretrained_cfg", None) or {} for module in model.modules())
@@ -70,12 +78,12 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     names = {module: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
 
-    def record(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs[names[module]].extend(args[:1])  # empty if the caller names it
+    def record(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        inputs[names[module]].append(args[0] if args else kwargs["input"])
         outputs[names[module]].append(output)
 
     for module in names:
-        module.register_forward_hook(record)
+        module.register_forward_hook(record, with_kwargs=True)
     dtype = next(net.parameters()).dtype
     counter = FlopCounterMode(display=False)
     try:

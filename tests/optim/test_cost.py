@@ -14,13 +14,14 @@ import torch
 from conftest import forms, gates, layers, trained
 from hypothesis import given
 from hypothesis import strategies as st
-from timm.utils import reparameterize_model
+from timm.utils import ModelEmaV3, reparameterize_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_dgconv import DGConv2d, compact, complexity, constrained_loss, cost_table, groupable, steer
-from timm_dgconv.optim.cost import CostTable
+from timm_dgconv import DGConv2d, compact, complexity, constrained_loss, cost_table, groupable, hold_target, steer
+from timm_dgconv.optim.cost import CostTable, named_layers
 from timm_dgconv.optim.steered_gates import REACHED, hold
 
 SIZE = (3, 64, 64)
@@ -302,5 +303,47 @@ def test_only_networks_with_the_widths_of_a_resnext_have_its_target() -> None:
 
 def test_a_deployed_form_that_costs_more_is_refused() -> None:
     timm.create_model("test_g_resnext", sort=False, complexity_target=0.9, complexity_unit="macs")  # bottlenecks
-    with pytest.raises(ValueError, match=r"layer1\.0\.conv1 has sort=False outside of a bottleneck.*use sort=True"):
+    with pytest.raises(
+        ValueError, match=r"layer1\.0\.conv1 has sort=False, and its order .* cannot move.*use sort=True"
+    ):
         timm.create_model("g_resnet18", sort=False, complexity_target=0.9, complexity_unit="macs")
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv2 has sort=False"):  # one slope per channel
+        steer(timm.create_model("test_g_resnext", sort=False, act_layer="prelu"), target=0.9, unit="macs")
+
+
+@pytest.mark.parametrize("unit", ["connections", "macs"])
+def test_a_target_is_a_share_of_the_features_that_are_left(unit: str) -> None:
+    options = dict(features_only=True, out_indices=(0, 1, 2), complexity_target=0.95, complexity_unit=unit, img_size=64)
+    model = timm.create_model("test_g_resnext", init_groups=1, **options)
+    hold_target(model)
+    cost = cost_table(model, unit, (3, 64, 64))
+    assert len(cost.tables) == 2
+    assert complexity(model, cost) <= 0.95 * cost.dense
+    assert layers(model)[0].steered.steering.cost == cost
+
+
+class Wrapper(nn.Module):
+    """A network in an attribute `module`, with or without something after it."""
+
+    def __init__(self, *after: nn.Module) -> None:
+        super().__init__()
+        self.module = groupable(timm.create_model("test_resnet", num_classes=0))
+        self.after = nn.Sequential(*after) if after else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x) if self.after is None else self.after(self.module(x))
+
+
+def test_wrappers_cost_what_is_in_them() -> None:
+    model, head = Wrapper(), Wrapper(nn.Linear(96, 1000))
+    dense = cost_table(model.module, "macs", SIZE).dense
+    for wrapper in (model, nn.DataParallel(model.module), ModelEmaV3(model), AveragedModel(model)):
+        assert cost_table(wrapper, "macs", SIZE).dense == dense
+    assert cost_table(head, "macs", SIZE).dense == dense + 96 * 1000
+    assert len(cost_table(head, "macs", SIZE).tables) == len(named_layers(head))
+
+
+@pytest.mark.parametrize("size", [64.0, "64", (64,), 0], ids=str)
+def test_wrong_image_sizes_are_named(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"img_size=.* must be one or two positive integers"):
+        timm.create_model("test_g_resnext", img_size=size, complexity_target=0.9, complexity_unit="macs")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import timm
 import torch
-from conftest import gates
+from conftest import gates, layers
 from test_steering import LR, check_term, density, loss_of, network, set_gates, values
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -265,3 +266,35 @@ def test_an_average_can_be_brought_within_the_target(frozen: bool) -> None:
 def test_only_a_target_can_be_held() -> None:
     with pytest.raises(ValueError, match=r"GResNet has no complexity_target; use timm_dgconv\.steer"):
         hold_target(network())
+
+
+def test_a_copy_of_a_part_does_not_take_its_place() -> None:
+    """A snapshot, or the momentum encoder of a backbone."""
+    model: Any = timm.create_model("test_g_resnext", complexity_target=0.1, init_groups=1)
+    snapshot, optimizer = copy.deepcopy(model.layer4), torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    assert density(model) <= 0.1
+    assert snapshot[0].conv2.num_groups == 1
+
+
+def test_a_copy_of_what_is_left_of_a_network_is_steered() -> None:
+    whole = timm.create_model("test_g_resnext", complexity_target=0.5, init_groups=1)
+    model = nn.Sequential(*list(whole.children())[:-3])
+    del whole
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    average = copy.deepcopy(model)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    assert sum(conv.num_groups > 1 for conv in layers(model)) > 0
+    hold_target(average)
+    assert sum(conv.num_groups > 1 for conv in layers(average)) > 0
+
+
+def test_a_target_needs_steps() -> None:
+    with pytest.raises(ValueError, match=r"gate_steps=0 lets no step reach complexity_target=0\.5; use more steps"):
+        timm.create_model("test_g_resnext", complexity_target=0.5, gate_steps=0)

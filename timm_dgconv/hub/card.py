@@ -72,7 +72,8 @@ def model_card(
     content = {
         "tags": [task, "timm", *([] if name == BASELINE else ["timm-dgconv"])],
         "license": cfg.get("license") or "unknown",
-        "description": _description(name, groups) + ("" if report is None else _groups(report, figure)),
+        "description": _description(name, groups, getattr(model, "pointwise", False))
+        + ("" if report is None else _groups(report, figure)),
         "details": details,
         "usage": _usage(model, name),
         "citation": _CITATION,
@@ -82,7 +83,7 @@ def model_card(
     return _compat.generate_readme(content, name, task)
 
 
-def _description(name: str, groups: list[int]) -> str:
+def _description(name: str, groups: list[int], pointwise: bool) -> str:
     architecture, _, tag = name.partition(".")
     if name == BASELINE:
         return (
@@ -92,8 +93,8 @@ def _description(name: str, groups: list[int]) -> str:
         )
     network = FAMILIES[family(architecture)]
     text = (
-        f"A G-{network} image classification model: a {network} whose 3x3 convolutions learn how many groups they have "
-        "(DGConv, dynamic grouping convolution)."
+        f"A G-{network} image classification model: a {network} whose {'' if pointwise else '3x3 '}convolutions learn "
+        "how many groups they have (DGConv, dynamic grouping convolution)."
     )
     if name in _TRAINED_BY:
         text += _TRAINED_BY[name]

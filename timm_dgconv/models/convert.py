@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_dgconv import _compat
 from timm_dgconv.layers.checkpoints import from_conv
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.layers.gate_reader import OneReading, read_once_per_call
@@ -73,6 +74,10 @@ def groupable(model: nn.Module, where: Where | None = None, sort: bool = True, n
         _convert(conv, parameters, sort, nested)
     if not isinstance(model, OneReading):
         read_once_per_call(model)
+    args = getattr(model, _compat.MODEL_ARGS, {})
+    if "groups" in args:  # of the compact form that it was
+        args = {name: value for name, value in args.items() if name != "groups"}
+        setattr(model, _compat.MODEL_ARGS, args if sort else {**args, "sort": False})
     return model
 
 

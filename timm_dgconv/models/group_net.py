@@ -16,6 +16,7 @@ from timm_dgconv.layers.gate_reader import OneReading
 from timm_dgconv.models.convert import groupable
 from timm_dgconv.optim import complexity, steering
 from timm_dgconv.optim.cost import cost_table
+from timm_dgconv.tracing import image_size
 
 TRAINING_ARGS = (
     "complexity_weight",
@@ -116,12 +117,13 @@ class GroupNet(OneReading):
             conv.reset_gate(number)
         if init_groups is not None:
             self.register_load_state_dict_post_hook(partial(_warn_init_groups, init_groups))
+        if is_steered:
+            self._steers: dict[str, Any] = {**steers, "unit": complexity_unit, "input_size": _image(self, img_size)}
         if is_steered and complexity_unit == "macs" and img_size is None:
             waiting = steering.Steering(complexity_weight or steering.DEFAULT_WEIGHT, None, gate_bound, gate_steps)
             steering.link(self, waiting)  # until timm assigns the pretrained_cfg, which has the input size
-            self._steers = {**steers, "unit": complexity_unit}
         elif is_steered:
-            self._steer(**steers, unit=complexity_unit, input_size=_image(self, img_size))
+            self._steer(**self._steers)
         if freeze_groups and groups is None:
             complexity.freeze_groups(self)
 
@@ -150,8 +152,8 @@ class GroupNet(OneReading):
         if name == _compat.MODEL_ARGS:
             value = {key: argument for key, argument in value.items() if key not in TRAINING_ARGS}
         super().__setattr__(name, value)
-        if name == "pretrained_cfg" and "_steers" in vars(self):
-            self._steer(**vars(self).pop("_steers"))
+        if name == "pretrained_cfg" and vars(self).get("_steers", {}).get("unit") == "macs":
+            self._steer(**self._steers)
 
 
 class GroupFeatureListNet(OneReading, FeatureListNet):
@@ -161,8 +163,13 @@ class GroupFeatureListNet(OneReading, FeatureListNet):
         super().__init__(model, **kwargs)
         self.cardinality = getattr(model, "cardinality", 1)
         self.group_convs, self.pointwise = model.group_convs, model.pointwise
+        steers: Any = getattr(model, "_steers", None)
+        if steers:  # the share of the network that `out_indices` leave
+            if steers["unit"] == "macs":
+                steers = {**steers, "input_size": image_size(model, steers["input_size"])}
+            self._steer(**steers)
 
-    learns_groups: Any = GroupNet.learns_groups
+    learns_groups, _steer = GroupNet.learns_groups, GroupNet._steer
 
 
 def add_gates(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -229,5 +236,8 @@ def _image(model: nn.Module, size: int | Sequence[int] | None) -> tuple[int, ...
     """Return channels, height and width of the images of a network, from the argument `img_size`."""
     if size is None:
         return None
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or [*map(type, sides)] != [int, int] or min(sides) < 1:
+        raise ValueError(f"img_size={size!r} must be one or two positive integers")
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    return (first.in_channels, *((size, size) if isinstance(size, int) else size))
+    return (first.in_channels, *sides)

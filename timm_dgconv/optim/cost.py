@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.ops import algebra
-from timm_dgconv.tracing import image_size, trace
+from timm_dgconv.tracing import image_size, trace, unwrap
 
 FORMAT = 1
 """Version of the JSON files with measured costs."""
@@ -130,7 +129,7 @@ def cost_table(model: nn.Module, unit: str = "connections", input_size: Sequence
         >>> round(cost.dense), round(cost.rest)
         (14563200, 10010496)
     """
-    model = unwrap_model(model)
+    model = unwrap(model)
     layers = named_layers(model)
     if unit == "connections":
         dense, rest = [float(layer.in_channels * layer.out_channels) for layer in layers.values()], 0.0

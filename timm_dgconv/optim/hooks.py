@@ -86,7 +86,10 @@ def _register_hooks() -> None:
 
 
 def models() -> dict["Steering", dict[int, DGConv2d]]:
-    """Return the layers of each steered model by their positions. A copied layer takes the place of the original."""
+    """Return the layers of each steered model by their positions.
+
+    A copy of some layers of a model takes the places of those that are gone or that do not learn, as in PEFT.
+    """
     with _lock:
         steered = sorted(_steered, key=lambda member: member.index)
     own: dict[Steering, dict[int, DGConv2d]] = defaultdict(dict)
@@ -97,8 +100,10 @@ def models() -> dict["Steering", dict[int, DGConv2d]]:
     result: dict[Steering, dict[int, DGConv2d]] = defaultdict(dict)
     for steering, layers in own.items():
         source = steering.source() if steering.source is not None else None
-        if len(layers) < steering.num_layers and source in own:
-            result[source] = {**own[source], **result[source], **layers}
+        if source in own and not layers.keys() >= own[source].keys():
+            learning = {index for index, layer in own[source].items() if layer.gate.requires_grad}
+            copied = {index: layer for index, layer in layers.items() if index not in learning}
+            result[source] = {**own[source], **result[source], **copied}
         else:
             result[steering] = {**layers, **result[steering]}
     return {steering: {index: layers[index] for index in sorted(layers)} for steering, layers in result.items()}

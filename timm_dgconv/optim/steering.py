@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.resnet import Bottleneck
 from torch import nn
 
+from timm_dgconv.layers.bottleneck import movable_blocks
 from timm_dgconv.optim import hooks, steered_gates
 from timm_dgconv.optim.cost import CostTable, cost_table, named_layers
 
@@ -67,6 +67,10 @@ class Steering:
             unit = cost.unit if cost else "cost"
             raise ValueError(
                 f"complexity_target={target} must be a share of a dense network's {unit}, above 0 and at most 1"
+            )
+        if target is not None and steps == 0:
+            raise ValueError(
+                f"gate_steps=0 lets no step reach complexity_target={target}; use more steps, or init_groups"
             )
         if bound == 0:
             raise ValueError("gate_bound=0 leaves the gates no room; use freeze_groups=True")
@@ -146,12 +150,12 @@ def steer(
     """
     cost = cost_table(model, unit, input_size)
     if unit != "connections":
-        ordered = {block.conv2 for block in model.modules() if isinstance(block, Bottleneck)}
+        ordered = {block.conv2 for block in movable_blocks(model)}
         for name, layer in named_layers(model).items():
             if not layer.sort and layer not in ordered:
                 raise ValueError(
-                    f"{name} has sort=False outside of a bottleneck, so its deployed form costs more than "
-                    f"complexity_unit={unit!r} counts; use sort=True, or the unit connections"
+                    f"{name} has sort=False, and its order of channels cannot move, so its deployed form costs more "
+                    f"than complexity_unit={unit!r} counts; use sort=True, or the unit connections"
                 )
     steering = Steering(weight, target, bound, steps, cost)
     if target is not None:
