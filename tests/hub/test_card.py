@@ -47,3 +47,6 @@ def test_the_card_of_other_widths_compares_with_no_network_of_timm() -> None:
     resnext = timm.create_model("resnext50_32x4d", **kwargs)
     params = sum(parameter.numel() for parameter in resnext.parameters())
     assert re.search(rf"{params / 1e6:.1f} M parameters and [\d.]+ GMACs with the groups of a ResNeXt\.", card)
+    assert "whose 3x3 convolutions learn" in card
+    pointwise = timm.create_model("test_g_resnext", pointwise=True, device="meta")
+    assert "a ResNeXt whose convolutions learn how many groups they have" in model_card(pointwise)
