@@ -16,7 +16,6 @@ from conftest import forms, gates, jit_is_deprecated, layers
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.models._hub import save_config_for_hf
-from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.testing import assert_close
@@ -24,22 +23,10 @@ from torch.testing import assert_close
 from timm_dgconv import DGConv2d, compact, layer_groups
 from timm_dgconv.models.base_models import ARCHITECTURES, BASE_MODELS, family
 
-TINY = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 16, "channels": (16, 32, 48, 96)}  # test_g_resnext
-
 
 def create(**kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model("test_g_resnext", **{"zero_init_last": False, "num_classes": 10, **kwargs})
-
-
-def resnext(name: str | None = None, **kwargs: Any) -> nn.Module:
-    """One of timm's ResNeXts, or a ResNeXt like test_g_resnext, with statistics in its batch norms."""
-    torch.manual_seed(1)
-    if "densenet" not in (name or ""):
-        kwargs = {"zero_init_last": False, **kwargs}
-    model = timm.create_model(name, **kwargs) if name else ResNet(Bottleneck, **TINY, **kwargs)
-    model(torch.randn(4, 3, 64, 64))
-    return model.eval()
 
 
 @pytest.fixture
@@ -219,7 +206,10 @@ def test_the_checkpoint_of_the_original_release_loads(
     ],
 )
 def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Path, x: torch.Tensor) -> None:
-    fixed = resnext(BASE_MODELS[name])
+    torch.manual_seed(1)
+    fixed = timm.create_model(BASE_MODELS[name], **{} if "densenet" in name else {"zero_init_last": False})
+    fixed(torch.randn(4, 3, 64, 64))  # statistics in its batch norms
+    fixed.eval()
     save_file(fixed.state_dict(), tmp_path / "base.safetensors")
     model = timm.create_model(name, checkpoint_path=tmp_path / "base.safetensors").eval()
     assert set(layer_groups(model)) == {groups}
@@ -233,7 +223,7 @@ def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Pa
 
 
 def test_loads_resnext_with_other_classes_and_channels(tmp_path: Path) -> None:
-    torch.save(resnext().state_dict(), tmp_path / "resnext.pth")
+    torch.save(create(groups=4, num_classes=1000).state_dict(), tmp_path / "resnext.pth")
     overlay = {"file": str(tmp_path / "resnext.pth")}
     model = timm.create_model("test_g_resnext", True, num_classes=3, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, FORMS, conv_with, forms
+from conftest import DEVICES, FORMS, attempt, conv_with, forms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,9 +25,9 @@ EXACT = dict(rtol=1e-10, atol=1e-10)
 HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 
 
-def gradients(conv: DGConv2d, y: Tensor, x: Tensor) -> list[Tensor]:
-    grad_y = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape).to(y.device)
-    return [y, *torch.autograd.grad(y, [x, *conv.parameters()], grad_y)]
+def results(conv: DGConv2d, x: Tensor, create_graph: bool = False) -> list[Tensor]:
+    y = conv(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=create_graph)]
 
 
 # Random layers and inputs.
@@ -89,14 +89,6 @@ def inputs(draw: st.DrawFn, conv: DGConv2d) -> Tensor:
     if draw(st.integers(0, 9)) == 0:
         return torch.randn(1, 1, *shape[2:], dtype=conv.weight.dtype).expand(shape)
     return ARRANGEMENTS[draw(arrangements)](torch.randn(shape, dtype=conv.weight.dtype))
-
-
-def attempt(function: Callable[[], Any]) -> Any:
-    """The result, or the type of the error."""
-    try:
-        return function()
-    except RuntimeError as error:
-        return type(error)
 
 
 @even_kernels
@@ -267,15 +259,10 @@ def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, f
     """`torch.set_default_device("cuda")` in a script must not move what a layer on the CPU computes with."""
     conv = conv_with("1010", padding=1, dtype=torch.float64, **form)
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
-
-    def found() -> list[Tensor]:
-        y = conv(x)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=create_graph)]
-
-    expected = found()
+    expected = results(conv, x, create_graph)
     torch.set_default_device("meta")
     try:
-        got, groups, small = found(), conv.num_groups, compact(conv)
+        got, groups, small = results(conv, x, create_graph), conv.num_groups, compact(conv)
     finally:
         torch.set_default_device(None)
     assert groups == 4
@@ -284,15 +271,13 @@ def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, f
 
 
 @forms
-def test_the_masked_dense_form_can_be_chosen_for_all_layers(
-    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_layers_can_compute_the_masked_dense_form(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     conv = conv_with("1010", dtype=torch.float64, **form)
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
-    expected = gradients(conv, conv(x), x)
+    expected = results(conv, x)
     monkeypatch.setattr(autograd, "MASKED_DENSE", True)
     monkeypatch.setattr(grouped, "output", None)
-    assert_close(gradients(conv, conv(x), x), expected, **EXACT)
+    assert_close(results(conv, x), expected, **EXACT)
 
 
 # What the operator costs
