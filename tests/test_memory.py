@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gates, trained
+from conftest import set_gates, trained
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -45,9 +45,7 @@ def trainer(model: nn.Module) -> Callable[[], None]:
 
     def step() -> None:
         random = torch.Generator().manual_seed(next(count) % 16)
-        with torch.no_grad():
-            for gate in gates(model):
-                gate.copy_(gate.copysign(torch.randn(gate.shape, generator=random)))
+        set_gates(model, lambda gate: gate.copysign(torch.randn(gate.shape, generator=random)))
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()

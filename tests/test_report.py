@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import layers
+from conftest import layers, set_gates
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,9 +82,7 @@ def test_counts_are_those_of_torch(name: str, size: tuple[int, int, int] | None,
 
 def test_the_table_and_the_dict_have_the_numbers() -> None:
     model = without_weights(TINY, num_classes=10, sort=False)
-    with torch.no_grad():
-        for conv in layers(model):
-            conv.gate.copy_(torch.tensor([-1.0, 1, -1, 1, 1][: len(conv.gate)]))
+    set_gates(model, lambda gate: torch.tensor([-1.0, 1, -1, 1, 1][: len(gate)]))
     report = group_report(model)
     assert str(report).splitlines()[:5] == [
         "test_g_resnext, input 3 x 160 x 160",

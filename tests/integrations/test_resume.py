@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gates, sorted_or_not, trained
+from conftest import set_gates, sorted_or_not, trained
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
@@ -18,9 +18,7 @@ class Training:
     def __init__(self, opt: str, seed: int, **kwargs: Any) -> None:
         torch.manual_seed(seed)
         self.model = trained(num_classes=3, drop_path_rate=0.1, complexity_target=0.3, **kwargs)
-        with torch.no_grad():
-            for gate in gates(self.model):
-                gate.normal_(std=1e-5)
+        set_gates(self.model, lambda gate: 1e-5 * torch.randn_like(gate))
         self.model.fc.reset_parameters()
         rate = 0.002 if opt == "adamw" else 0.1
         self.optimizer = create_optimizer_v2(self.model, opt=opt, lr=rate, weight_decay=0.01)

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.distributed.fsdp
-from conftest import DEVICES, FORMS, gates, layers
+from conftest import DEVICES, FORMS, gates, layers, set_gates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -33,9 +33,7 @@ def as_cuda() -> Iterator[None]:
 
 def near_zero(model: nn.Module) -> nn.Module:
     """Gates that a step of 0.02 flips."""
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -0.01, 0.01))
+    set_gates(model, lambda gate: torch.where(torch.rand_like(gate) < 0.5, -0.01, 0.01))
     return model.double().eval()
 
 
@@ -123,12 +121,6 @@ def step(optimizer: Callable[..., torch.optim.Optimizer], **kwargs: Any) -> Call
     return change
 
 
-def in_place(model: nn.Module) -> None:
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.neg_()
-
-
 def numpy(model: nn.Module) -> None:
     for gate in gates(model):
         gate.detach().numpy()[:] *= -1
@@ -181,10 +173,10 @@ def inside(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "in place": in_place,
+    "in place": lambda model: set_gates(model, torch.neg),
     "data": flip,
     "numpy": numpy,
-    "inference mode": torch.inference_mode()(in_place),
+    "inference mode": torch.inference_mode()(lambda model: set_gates(model, torch.neg)),
     "SGD": step(torch.optim.SGD),
     "fused AdamW": step(torch.optim.AdamW, fused=True),
     "load": load,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import FORMS, outputs, trained
+from conftest import FORMS, outputs, set_gates, trained
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils import reparameterize_model
@@ -113,9 +113,7 @@ def test_blocks_that_fold_their_gates_are_converted() -> None:
     again = groupable(model)
     assert len(converted(again)) == 4
     assert_close(outputs(again), expected)
-    with torch.no_grad():
-        for conv in converted(again).values():
-            conv.gate.neg_()
+    set_gates(again, torch.neg)
     assert_close(outputs(reparameterize_model(again)), outputs(again), rtol=1e-4, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import forms, gates
+from conftest import forms, gates, set_gates
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -27,9 +27,7 @@ def network(weight: float | None = WEIGHT, size: float = 0.5, **kwargs: Any) -> 
     torch.manual_seed(0)
     kwargs = {"num_classes": 3, "zero_init_last": False, "complexity_weight": weight, **kwargs}
     model = timm.create_model("test_g_resnext", **kwargs)
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -size, size))
+    set_gates(model, lambda gate: torch.where(torch.rand_like(gate) < 0.5, -size, size))
     return model
 
 
@@ -50,13 +48,6 @@ def gradient(model: nn.Module) -> list[torch.Tensor]:
 
 def values(model: nn.Module) -> list[torch.Tensor]:
     return [gate.detach().clone() for gate in gates(model)]
-
-
-def set_gates(model: nn.Module, value: Callable[[torch.Tensor], torch.Tensor | float], grad: float = 0.0) -> None:
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.copy_(torch.as_tensor(value(gate)))
-            gate.grad = torch.full_like(gate, grad) if grad else None
 
 
 def check_term(model: nn.Module, step: Callable[[], Any]) -> None:
@@ -138,15 +129,14 @@ def test_every_step_has_the_term_once() -> None:
                 assert_close(gate.grad, before + WEIGHT * term)
 
 
-@pytest.mark.parametrize("target", [None, 0.1])
+@pytest.mark.parametrize("kwargs", [{}, {"complexity_target": 0.1}, {"gate_steps": 3}], ids=str)
 @pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_a_scaler_skips_leaves_nothing_behind(
-    opt: type[torch.optim.Optimizer], fused: bool, target: float | None
-) -> None:
+def test_a_step_that_a_scaler_skips_leaves_nothing_behind(opt: Any, fused: bool, kwargs: dict[str, Any]) -> None:
+    """It does not count as one of the gate_steps either."""
     ends = []
     for overflows in (False, True):
-        model = network(size=0.01, complexity_target=target)
+        model = network(size=0.01, **kwargs)
         optimizer = opt(model.parameters(), 0.02, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         for step in range(3):
@@ -245,7 +235,8 @@ def test_target_is_held_by_layers_that_share_their_gates() -> None:
     model = nn.Sequential(DGConv2d(16, 16, 1), DGConv2d(16, 16, 1))
     model[1].sorted_gate = model[0].sorted_gate
     steer(model, 1e-6, 0.5)
-    set_gates(model, lambda gate: -0.5, grad=-1.0)
+    set_gates(model, lambda gate: -0.5)
+    model[0].gate.grad = torch.full((4,), -1.0)
     torch.optim.SGD(model.parameters(), 1.0).step()  # would open all
     assert complexity(model).item() <= 0.5 * 512
     assert_close(model[0].gate.abs(), torch.full((4,), 0.5))
