@@ -63,13 +63,12 @@ def images(size: int = 32, count: int = 4) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def step(model: nn.Module, loss: Callable[[], Tensor], optimizer: Any = None) -> None:
+def step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
     """Train one step, in which all gates have gradients and change."""
     before = [gate.detach().clone() for gate in gates(model)]
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     loss().backward()
     assert all(gate.grad is not None and gate.grad.count_nonzero() for gate in gates(model))
-    optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert not any(torch.equal(*pair) for pair in zip(gates(model), before, strict=True))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -60,10 +61,6 @@ def count_with_ptflops(model: nn.Module, backend: str = "pytorch") -> float:
     return get_model_complexity_info(model, SIZE, as_strings=False, print_per_layer_stat=False, backend=backend)[0]
 
 
-def count_with_ptflops_aten(model: nn.Module) -> float:
-    return count_with_ptflops(model, backend="aten")
-
-
 def count_with_thop(model: nn.Module) -> float:
     import thop
 
@@ -92,7 +89,7 @@ COUNTERS: dict[str, tuple[str, Callable[[nn.Module], float]]] = {  # name in the
     "`FlopCounterMode` of torch": ("torch", count_with_torch),
     "DeepSpeed": ("deepspeed", count_with_deepspeed),
     "calflops": ("calflops", count_with_calflops),
-    'ptflops, `backend="aten"`': ("ptflops", count_with_ptflops_aten),
+    'ptflops, `backend="aten"`': ("ptflops", partial(count_with_ptflops, backend="aten")),
     "ptflops": ("ptflops", count_with_ptflops),
     "thop": ("thop", count_with_thop),
     "ultralytics-thop": ("ultralytics-thop", count_with_thop),
