@@ -14,6 +14,7 @@ from textwrap import dedent
 from types import MappingProxyType
 
 import pytest
+from conftest import Patch
 
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
@@ -32,7 +33,7 @@ assert type(timm.create_model("test_g_resnext")).__module__ == "timm_dgconv.mode
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path: Path, monkeypatch: Patch) -> None:
     """Leave the repository, so that Python does not find it, and turn our warnings into errors, also in children."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONWARNINGS", ",".join(OUR_WARNINGS))

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import layers
+from conftest import Capture, Patch, layers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--model", "test_g_resnext", "--batch-size", "2", "--img-size", "32", "--rounds", "2", "--groups", "4"]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench(monkeypatch: Patch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("bench")
 
@@ -77,7 +77,7 @@ def test_memory_is_measured_by_a_script_in_another_folder(tmp_path: Path) -> Non
     ],
 )
 def test_wrong_options_are_named_before_anything_is_measured(
-    bench: Any, args: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Any, args: list[str], named: str, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(bench, "interleave", None)
     with pytest.raises(SystemExit) as stop:

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import Capture, Patch
 from hub_server import HubServer, run_python
 from PIL import Image
 
@@ -114,7 +115,7 @@ def test_the_code_of_a_model_card_prints_its_comments(name: str, hub: dict[str, 
 
 
 def test_our_commands_run_in_the_order_of_the_pages(
-    original: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("g_resnext50.pth.tar").symlink_to(original[0])
@@ -159,7 +160,7 @@ for command in json.loads(sys.argv[2]):
     subprocess.run([sys.executable, "-c", code, SCRIPTS, json.dumps(scripts)], check=True)
 
 
-def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmarks_have_the_options(monkeypatch: Patch, capsys: Capture) -> None:
     found = [command for command in named("python", *PAGES, CONTRIBUTING) if "benchmarks/" in command]
     assert found
     for script, *args in (shlex.split(command)[1:] for command in found):

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Capture, Patch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+def script(monkeypatch: Patch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("gpu")
 
@@ -42,9 +43,7 @@ def test_a_dry_run_measures_everything_right(script: Any, tmp_path: Path) -> Non
     assert "| test_g_resnext | learnable | train |" in summary
 
 
-def test_without_a_gpu_it_asks_for_a_dry_run(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_gpu_it_asks_for_a_dry_run(script: Any, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         script.main(["networks"])

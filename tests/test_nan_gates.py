@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import forms, gates, trained
+from conftest import HAS_OPERATOR, forms, gates, trained
 from torch import Tensor
 
 from timm_dgconv import DGConv2d, compact, group_report, layer_groups
 
-HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 nan_gates_raise = pytest.raises(RuntimeError, match=r"gates of a DGConv2d are nan: .*diverged")
 
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import assert_refused, outputs, trained
+from conftest import Capture, Patch, assert_refused, outputs, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
@@ -77,9 +77,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     "form",
     ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "sorted_0_2.pth.tar", "bare.pt", "safetensors"],
 )
-def test_every_form_of_checkpoint_keeps_its_outputs(
-    form: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_form_of_checkpoint_keeps_its_outputs(form: str, compact: bool, tmp_path: Path, capsys: Capture) -> None:
     model = tiny(**{"sort": False} if "original" in form or form == "bare.pt" else {})
     source, out = tmp_path / "source" / f"checkpoint.{form.partition('.')[2] or form}", tmp_path / "out"
     source.parent.mkdir()
@@ -171,7 +169,7 @@ def test_the_same_weights_in_another_file_are_converted_to_the_same_file(
 
 
 @pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
-def test_a_network_without_a_classifier(compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_without_a_classifier(compact: bool, tmp_path: Path, capsys: Capture) -> None:
     backbone, out = trained(num_classes=0).eval(), tmp_path / "out"
     torch.save({"state_dict": {f"encoder.{n}": v for n, v in backbone.state_dict().items()}}, tmp_path / "ssl.pth")
     source, options = str(tmp_path / "ssl.pth"), ["--compact"] if compact else []
@@ -222,9 +220,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of t
 
 @pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_arguments_of_the_network_are_kept(
-    network: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arguments_of_the_network_are_kept(network: str, compact: bool, tmp_path: Path, capsys: Capture) -> None:
     kwargs, stored = NETWORKS[network]
     model = trained(num_classes=7, **kwargs).eval()
     source, out = tmp_path / "last.pth.tar", tmp_path / "out"
@@ -276,7 +272,7 @@ def test_model_kwargs_override_the_checkpoint(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("command", ["convert", "inspect"])
 def test_wrong_model_kwargs_are_named_in_one_line(
-    command: str, kwargs: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, kwargs: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: Capture
 ) -> None:
     options = ["--model-kwargs", *kwargs, *(["--out", str(tmp_path / "out")] if command == "convert" else [])]
     assert_refused(capsys, [command, checkpoint, "--model", TINY, *options], f"timm-dgconv {command}: ", said)
@@ -343,7 +339,7 @@ def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_named_in_one_line(
-    args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: Capture
 ) -> None:
     options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
     assert_refused(capsys, ["convert", checkpoint, *options], "timm-dgconv convert: ", said)
@@ -351,7 +347,7 @@ def test_wrong_options_are_named_in_one_line(
 
 
 def test_other_outputs_after_the_conversion_are_an_error(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(convert, "reload", lambda folder: another())
     command = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
@@ -360,7 +356,7 @@ def test_other_outputs_after_the_conversion_are_an_error(
 
 
 def test_a_failed_conversion_leaves_nothing(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def fail(folder: Path) -> None:
         raise OSError("no space left on device")

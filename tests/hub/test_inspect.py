@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_refused, layers, original_state_dict
+from conftest import Capture, Patch, assert_refused, layers, original_state_dict
 from torch import nn
 
 from timm_dgconv import compact, group_report
@@ -41,12 +41,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return paths
 
 
-def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]]:
+def inspected(capsys: Capture, *args: str) -> list[dict[str, Any]]:
     assert main(["inspect", *args, "--model", TINY, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: Capture) -> None:
     """Of the original release, and in one file. test_convert.py inspects the other forms."""
     model, source = timm.create_model(TINY, num_classes=10), tmp_path / "original.pth"
     state_dict = original_state_dict(model, 7)
@@ -62,9 +62,7 @@ def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: pytest
     assert {(layer["groups"] > 1, layer["bits"]) for layer in found["layers"]} == {(True, None)}
 
 
-def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
-    run: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(run: list[str], capsys: Capture) -> None:
     reports = inspected(capsys, *reversed(run), "--no-ema")
     assert [report["epoch"] for report in reports] == [0, 4, 8]
     assert [report["source"] for report in reports] == run
@@ -101,8 +99,8 @@ def test_wrong_options_are_named_in_one_line(
     said: str,
     run: list[str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Patch,
+    capsys: Capture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "HEAD" in args:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import safetensors.torch
 import torch
-from conftest import assert_refused, outputs, trained
+from conftest import Capture, assert_refused, outputs, trained
 from hub_server import HubServer, finish, run_python, start_python
 from timm.models import save_for_hf
 from torch import nn
@@ -203,7 +203,7 @@ def test_a_missing_connection_or_token_is_one_line(hub: Hub, folder: Path, tmp_p
     ],
 )
 def test_a_damaged_folder_is_refused(
-    change: dict[str, bytes | None], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, bytes | None], said: str, folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     for path in folder.iterdir():
         data = change.get(path.name, path.read_bytes())
@@ -212,6 +212,6 @@ def test_a_damaged_folder_is_refused(
     assert_refused(capsys, ["publish", str(tmp_path), *DRY_RUN], said)
 
 
-def test_a_wrong_model_name_is_refused(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_model_name_is_refused(folder: Path, checkpoint: Path, capsys: Capture) -> None:
     assert_refused(capsys, ["publish", str(checkpoint), *DRY_RUN], "is not a folder", "or --model ARCH.TAG")
     assert_refused(capsys, ["publish", str(folder), *DRY_RUN, "--model", BASELINE], f"is {TINY}, not {BASELINE}")

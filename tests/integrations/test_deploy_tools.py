@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import trained
+from conftest import Patch, trained
 from test_docs import deploy_programs
 from timm.utils import reparameterize_model
 from torch import nn
@@ -58,7 +58,7 @@ def groups(model: nn.Module) -> list[int]:
 
 
 @pytest.fixture
-def runtimes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
+def runtimes(monkeypatch: Patch) -> dict[str, Callable[..., Any]]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return importlib.import_module("runtimes").RUNTIMES
 
@@ -175,7 +175,7 @@ PROGRAMS |= {"litert_torch": "litert-torch", "coremltools": "coremltools"}
 
 
 @pytest.mark.parametrize("tool", cases(PROGRAMS))
-def test_the_program_of_the_page_computes_the_same(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_of_the_page_computes_the_same(tool: str, monkeypatch: Patch) -> None:
     small = partial(timm.create_model, layers=(1, 1, 1, 1), channels=(32, 64, 64, 64), zero_init_last=False)
     monkeypatch.setattr(timm, "create_model", small)
     names: dict[str, Any] = {}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import Capture, Patch
 from PIL import Image
 
 SCRIPTS = Path(os.environ.get("TIMM_SCRIPTS_DIR", "")).resolve()
@@ -120,7 +121,7 @@ OTHERS: dict[str, list[str]] = {  # with their arguments
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_scripts_take_the_network(
-    name: str, trained: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, trained: Run, images: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     if name == "inference.py":
         pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
@@ -131,7 +132,7 @@ def test_other_scripts_take_the_network(
     assert list(tmp_path.iterdir()), "it writes a file"
 
 
-def test_convert_and_inspect_a_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_and_inspect_a_run(images: Path, tmp_path: Path, capsys: Capture) -> None:
     """A training with one input channel and another stem. validate.py scores the converted folders as train.py did."""
     from timm_dgconv.cli import main
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, compact, freeze_groups, layer_groups
+from timm_dgconv import DGConv2d, freeze_groups, layer_groups
 from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
 
 NAME = "test_g_resnet"  # groups on a residual stream, whose channels have one order for all blocks
@@ -162,15 +162,3 @@ def test_frozen_gates_are_missing_and_stay_when_only_the_rest_is_loaded(loader: 
     assert_close(gates(model), gates(source))
     x = torch.randn(2, 3, 32, 32)
     assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)
-
-
-@sorted_or_not
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compact_model_is_its_tensors_and_its_numbers_of_groups(dtype: torch.dtype, form: dict[str, Any]) -> None:
-    """Loaders that go by names, averages, casts and adapters need no more. bfloat16 has few integers above 256."""
-    small, x = compact(trained(NAME, num_classes=4, **form)).to(dtype).eval(), torch.randn(2, 3, 32, 32)
-    again = timm.create_model(NAME, num_classes=4, groups=layer_groups(small)).eval()
-    assert again.state_dict().keys() == small.state_dict().keys()
-    for name, value in again.state_dict().items():
-        value.copy_(small.state_dict()[name])
-    assert_close(again(x), small.float()(x), rtol=1e-4, atol=1e-5)

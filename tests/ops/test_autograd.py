@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, FORMS, attempt, conv_with, forms
+from conftest import DEVICES, FORMS, HAS_OPERATOR, Patch, attempt, conv_with, forms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from timm_dgconv import DGConv2d, compact
 from timm_dgconv.ops import autograd, grouped
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
-HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 
 
 def results(conv: DGConv2d, x: Tensor, create_graph: bool = False) -> list[Tensor]:
@@ -186,30 +185,19 @@ def test_gradients_can_be_differentiated(compiled: bool, form: dict[str, Any]) -
     assert_close(penalty(layer, -1), expected, **EXACT)
 
 
-def grads_of(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
-    y = forward(inputs[0])
-    directions = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
-    if batched:
-        return torch.autograd.grad(y, inputs, directions, is_grads_batched=True)
-    rows = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
-    return tuple(torch.stack(grads) for grads in zip(*rows, strict=True))
-
-
-def jacobians(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
-    return jacobian(forward, inputs[0], vectorize=batched)
-
-
-def hessians(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
-    return hessian(lambda x: forward(x).sigmoid().sum(), inputs[0], vectorize=batched)
-
-
 @forms
-@pytest.mark.parametrize("derivatives", [grads_of, jacobians, hessians])
+@pytest.mark.parametrize("derivatives", [jacobian, hessian])
 def test_gradients_can_be_batched(derivatives: Callable[..., Any], form: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    conv = conv_with("010", 8, 8, dtype=torch.float64, **form)
-    inputs = [torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True), *conv.parameters()]
-    assert_close(derivatives(conv, inputs, batched=True), derivatives(conv.masked_dense, inputs, batched=False))
+    conv = conv_with("010", 8, 8, 2, dtype=torch.float64, **form)
+    names, parameters = zip(*conv.named_parameters(), strict=True)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        y = torch.func.functional_call(conv, dict(zip(names, parameters, strict=True)), (x,))
+        return y.sigmoid().sum() if derivatives is hessian else y
+
+    inputs = (torch.randn(1, 8, 3, 3, dtype=torch.float64), *parameters)
+    assert_close(derivatives(function, inputs, vectorize=True), derivatives(function, inputs))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -271,7 +259,7 @@ def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, f
 
 
 @forms
-def test_all_layers_can_compute_the_masked_dense_form(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_layers_can_compute_the_masked_dense_form(form: dict[str, Any], monkeypatch: Patch) -> None:
     conv = conv_with("1010", dtype=torch.float64, **form)
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
     expected = results(conv, x)
@@ -305,9 +293,7 @@ def test_counted_operations_are_those_of_the_group_convolution(closed: str, form
 
 
 @forms
-def test_all_counters_of_operations_see_the_group_convolution(
-    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_counters_of_operations_see_the_group_convolution(form: dict[str, Any], monkeypatch: Patch) -> None:
     """Those that are a TorchDispatchMode see its operator. Others replace the function, and take no lists."""
     conv, x = conv_with("0110", padding=1, **form), torch.randn(2, 16, 5, 5)
     with FlopCounterMode(display=False) as counter:

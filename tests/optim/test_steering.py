@@ -3,12 +3,13 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import forms, gates, set_gates
+from conftest import HAS_OPERATOR, Patch, forms, gates, set_gates
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -87,12 +88,7 @@ def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer, named: bool
     optimizer.step(closure=closure) if named else optimizer.step(closure)
 
 
-def with_named_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """As Lightning does."""
-    with_closure(model, optimizer, named=True)
-
-
-LOOPS = [plain, accumulated, scaled_and_clipped, with_closure, with_named_closure]
+LOOPS = [plain, accumulated, scaled_and_clipped, with_closure, partial(with_closure, named=True)]  # as Lightning does
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), LR),
     "fused": lambda model: torch.optim.SGD(model.parameters(), LR, fused=True),
@@ -103,9 +99,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @forms
-def test_a_step_adds_the_term_once_and_unscaled(
-    form: dict[str, bool], loop: Callable[[nn.Module, torch.optim.Optimizer], None], optimizer: str
-) -> None:
+def test_a_step_adds_the_term_once_and_unscaled(form: dict[str, bool], loop: Any, optimizer: str) -> None:
     steered, free = network(**form), network(0, **form)
     expected = gradient(steered)
     for model in (steered, free):
@@ -243,7 +237,7 @@ def test_target_is_held_by_layers_that_share_their_gates() -> None:
 
 
 @pytest.mark.parametrize("target", [None, 0.02])
-def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: Patch) -> None:
     monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())  # as on CUDA
     model = nn.ModuleList(DGConv2d(64, 64, 1, bias=False) for _ in range(20))
     set_gates(model, lambda gate: 0.5 + torch.rand_like(gate))
@@ -314,7 +308,7 @@ def test_gates_that_stand_still_cost_what_frozen_gates_cost() -> None:
     assert flops() == settled < learning
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch compiles the masked dense form")
+@pytest.mark.skipif(not HAS_OPERATOR, reason="torch compiles the masked dense form")
 def test_compiled_networks_learn_until_their_gates_stand_still() -> None:
     torch._dynamo.reset()
     model, compiles = network(gate_steps=2), CompileCounter()
