@@ -20,12 +20,7 @@ def test_every_command_has_help(command: str, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "args",
-    [
-        [],
-        ["convert", "source"],
-        ["inspect", "source", "--model", "g_resnext50", "--model-kwargs", "stem_type"],
-    ],
+    "args", [[], ["convert", "source"], ["inspect", "source", "--model", "g_resnext50", "--model-kwargs", "stem_type"]]
 )
 def test_wrong_usage_exits_with_status_2(args: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -95,12 +95,7 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(run: list[str], ca
     ],
 )
 def test_wrong_options_are_named_in_one_line(
-    args: list[str],
-    said: str,
-    run: list[str],
-    tmp_path: Path,
-    monkeypatch: Patch,
-    capsys: Capture,
+    args: list[str], said: str, run: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "HEAD" in args:

@@ -75,11 +75,7 @@ def test_a_model_is_its_base_model_with_dgconvs(name: str) -> None:
         (dict(init_groups=3), ValueError, ["groups=3 must be a power of two and at most 16"]),
         (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups=[4, 4, 4] must be one number", "4 layers"]),
         (dict(init_groups=4, groups=[1, 1, 1, 1]), ValueError, ["init_groups=4 needs gates", "groups=..."]),
-        (
-            dict(complexity_weight=0.1, freeze_groups=True),
-            ValueError,
-            ["needs gates that learn", "freeze_groups=True"],
-        ),
+        (dict(complexity_weight=0.1, freeze_groups=True), ValueError, ["needs gates that learn", "freeze_groups=True"]),
         (dict(complexity_weight=0.1, groups=[1, 1, 1, 1]), ValueError, ["needs gates that learn", "groups=..."]),
         (dict(complexity_target="resnext", pointwise=True), ValueError, ["'resnext' is for the 3x3", "number"]),
     ],
