@@ -7,9 +7,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a busy machine would show bars where one line is expected
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from textwrap import dedent
@@ -143,12 +145,13 @@ def outputs(model: nn.Module) -> torch.Tensor:
         return model.eval()(images)
 
 
-def assert_refused(capsys: pytest.CaptureFixture[str], command: list[str], *said: str) -> None:
+def assert_refused(command: list[str], *said: str) -> None:
     """The command exits with status 2, writes one line of error with these words, and prints nothing else."""
-    assert main(command) == 2
-    out, error = capsys.readouterr()
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        assert main(command) == 2
+    error = err.getvalue()
     assert all(words in error for words in said), error
-    assert (out, len(error.splitlines())) == ("", 1)
+    assert (out.getvalue(), len(error.splitlines())) == ("", 1)
 
 
 RANK = """

@@ -54,7 +54,7 @@ def test_overwrite_replaces_a_demo_and_the_run_is_reproducible(folder: Path, cap
 @pytest.mark.parametrize(
     "names", [["summary.json", "notes.txt"], ["summary.json", "run/checkpoint.pth"], ["config.json"], []]
 )
-def test_overwrite_keeps_what_is_not_the_output_of_a_demo(names: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_overwrite_keeps_what_is_not_the_output_of_a_demo(names: list[str], tmp_path: Path) -> None:
     """Without names the output is a file."""
     output = tmp_path / "mine"
     if not names:
@@ -63,9 +63,9 @@ def test_overwrite_keeps_what_is_not_the_output_of_a_demo(names: list[str], tmp_
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("{}")
     before = contents(tmp_path)
-    assert_refused(capsys, [*TINY, "--output", str(output)], f"{output} exists; use another --output, or --overwrite")
+    assert_refused([*TINY, "--output", str(output)], f"{output} exists; use another --output, or --overwrite")
     said = f"timm-dgconv demo: {output} is not the output of a demo, so --overwrite does not replace it; use another "
-    assert_refused(capsys, [*TINY, "--output", str(output), "--overwrite"], said)
+    assert_refused([*TINY, "--output", str(output), "--overwrite"], said)
     assert contents(tmp_path) == before
 
 
@@ -95,6 +95,6 @@ def test_other_outputs_of_the_reloaded_model_are_an_error(
         (["--complexity-target", "0"], "complexity_target=0.0 must be a share"),
     ],
 )
-def test_wrong_options_are_named_in_one_line(args: list[str], said: str, tmp_path: Path, capsys: Capture) -> None:
-    assert_refused(capsys, [*TINY, "--output", str(tmp_path / "out"), *args], said)
+def test_wrong_options_are_named_in_one_line(args: list[str], said: str, tmp_path: Path) -> None:
+    assert_refused([*TINY, "--output", str(tmp_path / "out"), *args], said)
     assert not list(tmp_path.iterdir())

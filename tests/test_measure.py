@@ -83,12 +83,10 @@ def test_every_runtime_is_measured(runtime: str) -> None:
     ],
     ids=str,
 )
-def test_wrong_arguments_are_one_line(
-    args: list[str], said: str, tmp_path: Path, capsys: Capture, monkeypatch: Patch
-) -> None:
+def test_wrong_arguments_are_one_line(args: list[str], said: str, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert_refused(capsys, [*COMMAND, "--out", "costs.json", *args], said)
+    assert_refused([*COMMAND, "--out", "costs.json", *args], said)
     assert not list(tmp_path.iterdir())
 
 

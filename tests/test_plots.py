@@ -53,7 +53,7 @@ def test_many_layers_and_checkpoints_are_drawn(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_missing_matplotlib_is_reported_before_a_checkpoint_is_read(monkeypatch: Patch, capsys: Capture) -> None:
+def test_missing_matplotlib_is_reported_before_a_checkpoint_is_read(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = "timm-dgconv inspect: plots need matplotlib: pip install 'timm-dgconv[plot]'\n"
-    assert_refused(capsys, ["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"], said)
+    assert_refused(["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"], said)

@@ -177,7 +177,7 @@ def test_the_same_weights_in_another_file_are_converted_to_the_same_file(
 
 
 @compact_or_not
-def test_a_network_without_a_classifier(compact: bool, tmp_path: Path, capsys: Capture) -> None:
+def test_a_network_without_a_classifier(compact: bool, tmp_path: Path) -> None:
     backbone, out = trained(num_classes=0).eval(), tmp_path / "out"
     torch.save({"state_dict": {f"encoder.{n}": v for n, v in backbone.state_dict().items()}}, tmp_path / "ssl.pth")
     run_convert(tmp_path / "ssl.pth", out, compact)
@@ -275,11 +275,9 @@ WRONG_KWARGS = [
 
 
 @pytest.mark.parametrize(("kwargs", "said"), WRONG_KWARGS)
-def test_wrong_model_kwargs_are_named_by_inspect(
-    kwargs: list[str], said: str, checkpoint: str, capsys: Capture
-) -> None:
+def test_wrong_model_kwargs_are_named_by_inspect(kwargs: list[str], said: str, checkpoint: str) -> None:
     command = ["inspect", checkpoint, "--model", TINY, "--model-kwargs", *kwargs]
-    assert_refused(capsys, command, "timm-dgconv inspect: ", said)
+    assert_refused(command, "timm-dgconv inspect: ", said)
 
 
 DATA = dict(mean=[0.3], std=[0.2], crop_pct=1.0, interpolation="bilinear")
@@ -331,11 +329,9 @@ def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:
         *((["--model-kwargs", *kwargs], said) for kwargs, said in WRONG_KWARGS),
     ],
 )
-def test_wrong_options_are_named_in_one_line(
-    args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_wrong_options_are_named_in_one_line(args: list[str], said: str, checkpoint: str, tmp_path: Path) -> None:
     options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
-    assert_refused(capsys, ["convert", checkpoint, *options], "timm-dgconv convert: ", said)
+    assert_refused(["convert", checkpoint, *options], "timm-dgconv convert: ", said)
     assert names(tmp_path) == []
 
 
@@ -351,8 +347,8 @@ def fail(folder: Path) -> None:
     ],
 )
 def test_a_failed_conversion_leaves_nothing(
-    name: str, function: Any, said: str, checkpoint: str, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    name: str, function: Any, said: str, checkpoint: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(convert, name, function)
-    assert_refused(capsys, ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")], said)
+    assert_refused(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")], said)
     assert names(tmp_path) == []

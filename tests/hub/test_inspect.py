@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import Capture, Patch, assert_refused, layers, original_state_dict
+from conftest import Capture, Patch, assert_refused, original_state_dict, set_gates
 from torch import nn
 
 from timm_dgconv import compact, group_report
@@ -19,10 +19,9 @@ TINY = "test_g_resnext"
 
 def with_open_gates(seed: int, p: float = 0.5) -> nn.Module:
     """A model whose gates are open with probability p."""
+    torch.manual_seed(seed)
     model = timm.create_model(TINY, num_classes=10)
-    generator = torch.Generator().manual_seed(seed)
-    for conv in layers(model):
-        conv.gate.data = torch.where(torch.rand(conv.gate.shape, generator=generator) < p, 0.01, -0.01)
+    set_gates(model, lambda gate: torch.where(torch.rand_like(gate) < p, 0.01, -0.01))
     return model
 
 
@@ -95,11 +94,11 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(run: list[str], ca
     ],
 )
 def test_wrong_options_are_named_in_one_line(
-    args: list[str], said: str, run: list[str], tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    args: list[str], said: str, run: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "HEAD" in args:
         torch.save(timm.create_model(TINY, num_classes=11).state_dict(), "HEAD")
     before = sorted(tmp_path.iterdir())
-    assert_refused(capsys, ["inspect", *(run[0] if arg == "RUN" else arg for arg in args)], said)
+    assert_refused(["inspect", *(run[0] if arg == "RUN" else arg for arg in args)], said)
     assert sorted(tmp_path.iterdir()) == before
