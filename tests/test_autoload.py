@@ -70,9 +70,6 @@ def env(request: pytest.FixtureRequest) -> dict[str, str]:
     return {"PYTHONPATH": str(request.getfixturevalue("wheel"))}
 
 
-# As installed, and from the wheel.
-
-
 def test_torch_imports_the_finder_and_nothing_else(env: dict[str, str]) -> None:
     run(
         """
@@ -114,9 +111,6 @@ def test_the_wheel_has_the_package_and_its_command_only(wheel: Path) -> None:
     assert {name.split("/")[0].partition("-")[0] for name in found} == {"timm_dgconv", "bin"}
 
 
-# Orders.
-
-
 @pytest.mark.parametrize(
     "imports",
     [
@@ -140,9 +134,6 @@ def test_the_timm_of_a_clone_has_the_models(tmp_path: Path) -> None:
     script.write_text(f"import torch\nfrom timm import utils\n{MODELS_WORK}\nprint(timm.__file__)")
     found = python(script, cwd=clone).strip()
     assert Path(found).parent == clone / "timm"
-
-
-# Failures, and other finders.
 
 
 @pytest.mark.parametrize(
@@ -175,9 +166,6 @@ def test_timm_works_with_one_warning_if_the_package_is_broken(
     (warning,) = output.splitlines()
     assert warning.startswith("timm-dgconv could not register its models, timm works without them: ")
     assert error in warning
-
-
-# The public surface.
 
 
 def test_public_names_are_imported_on_first_use() -> None:

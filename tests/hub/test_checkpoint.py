@@ -59,8 +59,6 @@ def assert_file_refused(command: str, source: Path, said: str = "") -> None:
     assert sorted(source.parent.iterdir()) == before
 
 
-# Files without code.
-
 REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "empty": (".pth", lambda: b"", "is truncated or damaged"),
     "web page": (".pth", lambda: b"<!DOCTYPE html><html>virus scan", "is not a checkpoint"),
@@ -130,9 +128,6 @@ def test_a_truncated_file_is_refused(form: str, tmp_path_factory: pytest.TempPat
         assert_file_refused("inspect", source, "is truncated or damaged" if length == len(data) // 2 else "")
 
     check()
-
-
-# Files with code.
 
 
 def pickles(marker: Path) -> dict[str, bytes]:

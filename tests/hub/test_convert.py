@@ -212,8 +212,6 @@ def test_averaged_weights_can_be_left_out(tmp_path: Path) -> None:
     assert torch.equal(outputs(load(out)), outputs(other))
 
 
-# Trainings with arguments that change the network.
-
 STEM = dict(stem_type="deep", stem_width=8, avg_down=True)
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of the model, and `args.model_kwargs`
     "in_chans=1": (dict(in_chans=1), dict(complexity_target=0.2)),
@@ -299,9 +297,6 @@ def test_data_settings_of_the_training_are_kept(tmp_path: Path) -> None:
         assert "Image size: 48 x 48" in card
         assert card.count('.convert("L")') == 3
     assert_close(outputs(load(tmp_path / "compact")), outputs(model), rtol=0, atol=1e-5)
-
-
-# The baseline of the original release.
 
 
 def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:

@@ -19,9 +19,6 @@ from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
 NAME = "test_g_resnet"  # groups on a residual stream, whose channels have one order for all blocks
 
 
-# Formats of one layer
-
-
 def original(conv: DGConv2d) -> dict[str, Tensor]:
     """A state dict of the original release, whose gates are unsorted."""
     constants = {"D": torch.eye(2), "I": torch.ones(2, 2)}
@@ -134,9 +131,6 @@ def test_a_part_of_a_state_dict_changes_nothing_else(names: list[str], form: dic
     assert conv.sort == ("gate" not in names and form.get("sort", True))
     assert len(found.missing_keys) == 3 - len(names)
     assert not found.unexpected_keys
-
-
-# Models
 
 
 @sorted_or_not

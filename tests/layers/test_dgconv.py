@@ -122,9 +122,6 @@ def test_gates_that_fsdp_has_sharded_are_not_guessed(use_orig_params: bool, tmp_
     run_ranks(tmp_path, SHARDED, str(use_orig_params))
 
 
-# Forms
-
-
 @forms
 def test_the_name_of_the_gates_says_how_they_are_read(form: dict[str, Any]) -> None:
     conv = DGConv2d(16, 16, 3, **form)
@@ -180,9 +177,6 @@ def test_gates_are_initialised_with_a_number_of_groups(groups: int | None) -> No
     for wrong in (3, 32, 0):
         with pytest.raises(ValueError, match=f"groups={wrong} must be a power of two and at most 16"):
             conv.reset_gate(wrong)
-
-
-# Graphs
 
 
 @forms
@@ -267,9 +261,6 @@ def test_onnx_reads_the_sign_bit(dynamo: bool, dtype: torch.dtype, form: dict[st
         assert output().isnan().all()
 
 
-# What users change
-
-
 @forms
 @pytest.mark.parametrize("when", ["set", "constructed, then compact", "compact, then set"])
 @pytest.mark.parametrize("padding", [(2, 1), "same"])
@@ -311,9 +302,6 @@ def test_a_layer_whose_channels_a_pruner_has_changed_is_refused(
         USES[use](nn.Sequential(conv), torch.randn(1, inputs, 5, 5))
 
 
-# Bad input
-
-
 def test_a_fixed_number_of_groups_is_refused() -> None:
     with pytest.raises(TypeError, match=r"groups=32.*torch.nn.Conv2d"):
         DGConv2d(64, 64, 3, groups=32)
@@ -332,10 +320,9 @@ def test_mixed_dtypes_are_torchs_error(dtype: torch.dtype, weight: torch.dtype, 
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 5), (1, 1, 4, 5, 5), (1, 3, 5, 5), (1, 8, 5, 5), (0, 5, 5)])
-def test_wrong_shapes_are_torchs_error(shape: tuple[int, ...]) -> None:
-    for layer in (nn.Conv2d(4, 4, 3), DGConv2d(4, 4, 3)):
-        with pytest.raises(RuntimeError):
-            layer(torch.ones(shape))
+def test_wrong_shapes_are_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError):
+        DGConv2d(4, 4, 3)(torch.ones(shape))
 
 
 @jit_is_deprecated

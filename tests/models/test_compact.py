@@ -58,8 +58,6 @@ def plain_types(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: nn.Conv2d if kind is DGConv2d else kind for name, kind in types(model).items()}
 
 
-# The same function
-
 NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("test_g_resnext", {}),
     ("test_g_resnext", {"groups": [4, 1, 8, 2]}),
@@ -214,9 +212,6 @@ def test_orders_move_into_plain_neighbours_only(change: str, form_of: Form) -> N
     assert has_moved(model, compact(model)) == (change == "nothing")
 
 
-# The compact form
-
-
 @forms
 @pytest.mark.parametrize(("name", "kwargs"), [NETWORKS[n] for n in (0, 2, -3, -1)], ids=str)
 def test_a_compact_model_loads_into_its_groups_and_into_gates(name: str, kwargs: Any, form: dict[str, Any]) -> None:
@@ -334,9 +329,6 @@ def test_a_layer_that_computes_something_else_is_refused_by_name(change: Callabl
         model(images().float())
     with pytest.raises(ValueError, match=r"layer2\.0\.conv2" if form_of is compact else r"conv2"):
         form_of(model)
-
-
-# Deployment
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -34,9 +34,6 @@ def x() -> torch.Tensor:
     return torch.randn(2, 3, 64, 64)
 
 
-# Structure
-
-
 def test_timm_lists_all_models() -> None:
     registered = {name for module in ("g_resnet", "g_densenet") for name in timm.list_models(module=module)}
     assert registered == set(ARCHITECTURES)
@@ -134,9 +131,6 @@ def test_models_are_built_on_a_device_and_in_a_dtype() -> None:
     assert model(torch.randn(2, 3, 64, 64, dtype=torch.float64)).dtype == torch.float64
 
 
-# Graphs, features, training
-
-
 @jit_is_deprecated
 @forms
 def test_graphs_compute_the_same(form: dict[str, Any], x: torch.Tensor) -> None:
@@ -166,9 +160,6 @@ def test_gates_do_not_decay_and_have_the_learning_rate_of_their_layer() -> None:
             assert gate.get("lr_scale") == weight.get("lr_scale")
 
 
-# Checkpoints of the original release
-
-
 @pytest.mark.parametrize("route", ["checkpoint_path", "overlay", "load_checkpoint", "resume_checkpoint"])
 def test_the_checkpoint_of_the_original_release_loads(
     original: tuple[Path, torch.Tensor, torch.Tensor], route: str, caplog: pytest.LogCaptureFixture
@@ -186,9 +177,6 @@ def test_the_checkpoint_of_the_original_release_loads(
         assert_close(model.eval()(x), logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
     assert "converted" not in caplog.text
     assert not any(conv.sort for conv in layers(model))
-
-
-# Checkpoints of base models
 
 
 @pytest.mark.parametrize(
@@ -224,9 +212,6 @@ def test_loads_resnext_with_other_classes_and_channels(tmp_path: Path) -> None:
     model = timm.create_model("test_g_resnext", True, num_classes=3, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
     assert layer_groups(model) == [4, 4, 4, 4]
-
-
-# Tags
 
 
 @pytest.mark.parametrize("name", BASE_MODELS)

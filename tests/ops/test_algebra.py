@@ -85,17 +85,6 @@ def test_complexity_is_the_number_of_connected_pairs(
     assert_close(grad, torch.tensor(expected))
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 3))
-def test_groups_are_ranges_in_the_order_of_channels(closed: list[bool], q_out: int, q_in: int) -> None:
-    gate, groups = torch.tensor([-1.0 if is_closed else 1.0 for is_closed in closed]), 1 << sum(closed)
-    out_channels, in_channels = (q << len(closed) for q in (q_out, q_in))
-    matrix = connectivity(gate, out_channels, in_channels, sort=False, nested=False)
-    matrix = matrix[algebra.channel_order(closed, out_channels)][:, algebra.channel_order(closed, in_channels)]
-    assert torch.equal(matrix, torch.block_diag(*[torch.ones(out_channels // groups, in_channels // groups)] * groups))
-    for nested in (True, False):
-        assert torch.equal(connectivity(gate, out_channels, in_channels, True, nested), matrix)
-
-
 @pytest.mark.parametrize(
     ("channels", "named"),
     [((3, 64), "in_channels=3 .*even"), ((64, 5), "out_channels=5 .*even"), ((0, 2), "=0"), ((4, -4), "=-4")],

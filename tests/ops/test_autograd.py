@@ -29,8 +29,6 @@ def results(conv: DGConv2d, x: Tensor, create_graph: bool = False) -> list[Tenso
     return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=create_graph)]
 
 
-# Random layers and inputs.
-
 GATES = [0.0, -0.0, math.inf, -math.inf, 1e-8, -1e-8, 0.5, -0.5, 1e30, -1e30, 5e-324, -5e-324, 1e-40, -1e-40]
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -163,9 +161,6 @@ def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, da
     assert [grad.dtype for grad in grads] == [x.dtype, *(p.dtype for p in conv.parameters())]
 
 
-# Autograd
-
-
 @forms
 @pytest.mark.filterwarnings("error:timm_dgconv")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -268,9 +263,6 @@ def test_all_layers_can_compute_the_masked_dense_form(form: dict[str, Any], monk
     assert_close(results(conv, x), expected, **EXACT)
 
 
-# What the operator costs
-
-
 @forms
 @pytest.mark.parametrize("closed", ["0000", "1000", "0110", "1111"])
 def test_counted_operations_are_those_of_the_group_convolution(closed: str, form: dict[str, Any]) -> None:
@@ -309,9 +301,6 @@ def test_all_counters_of_operations_see_the_group_convolution(form: dict[str, An
     assert operators == [torch.ops.aten.convolution]
     assert [args[3:] for args in calls] == 2 * [((1, 1), (1, 1), (1, 1), 4)]
     assert compiled.get_total_flops() == counter.get_total_flops()
-
-
-# torch.compile, and the rules of operators
 
 
 @forms

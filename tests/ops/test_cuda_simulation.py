@@ -141,8 +141,6 @@ def run(case: Case) -> tuple[Operators, Operators]:
     return forward, backward
 
 
-# Shapes, dtypes, devices and strides
-
 AXES: dict[str, list[Any]] = dict(
     channels=[(16, 32), (32, 16), (48, 16)],
     closed=["1100", "0101", "0011", "0000", "1111"],
@@ -190,9 +188,6 @@ def test_results_are_as_the_fake_operators_say(
         assert list(map(description, grads)) == list(map(description, autograd._fake_gradients(*args))), case
 
 
-# Kernels
-
-
 @pytest.mark.usefixtures("simulation")
 def test_no_more_kernels_are_launched_than_needed() -> None:
     """Of a layer in bfloat16 with 32 groups: forward, backward, and backward with frozen gates."""
@@ -225,9 +220,6 @@ def test_nothing_comes_from_the_host_and_nothing_is_read(closed: str, form: tupl
         assert not any(tensor.is_cpu for tensor in operators.tensors)
         names = {func.overloadpacket for func, _, _ in operators.calls}
         assert not names & {torch.ops.aten.arange, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
-
-
-# CUDA graphs
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")

@@ -105,9 +105,6 @@ def test_gates_have_the_slopes_of_their_steps() -> None:
     assert_close(conv.gate.grad, expected / 8)
 
 
-# The hold
-
-
 def rows(draw: Any, tables: list[list[float]], name: str) -> list[list[float]]:
     value = st.floats(-1, 1, width=32, allow_subnormal=False)
     return [draw(st.lists(value, min_size=len(t) - 1, max_size=len(t) - 1), label=name) for t in tables]
@@ -151,9 +148,6 @@ def test_a_hold_passes_a_step_that_costs_more() -> None:
 def test_a_hold_exchanges_gates_of_two_layers_if_none_alone_fits() -> None:
     before, stepped, tables = [[-1.0], [1.0, -1.0]], [[-0.1], [0.2, -0.05]], [(10.0, 4.0), (16.0, 10.0, 7.0)]
     assert hold(before, stepped, tables, 0.0, 17.5, 17.5, 16.0) == [[0.1], [-0.2, -0.05]]
-
-
-# Targets
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -200,9 +194,6 @@ def test_the_schedule_ends_at_half_of_the_steps() -> None:
         budget = 0.4 + 0.6 * max(0.0, 1 - step / 10) ** 3
         assert share <= budget
         assert step > 1 or share > 0.4, "not in the first step"
-
-
-# Errors
 
 
 @pytest.mark.parametrize(

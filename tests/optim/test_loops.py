@@ -114,9 +114,6 @@ def test_an_optimizer_per_parameter_steps_in_backward() -> None:
     assert steering.taken == 3
 
 
-# Counted steps
-
-
 def moves(model: nn.Module, step: Callable[[], Any]) -> bool:
     before = values(model)
     step()
@@ -147,9 +144,6 @@ def test_gates_stop_within_the_target(opt: str) -> None:
     assert 0.05 < density(model) <= 0.1
 
 
-# Copies of single layers
-
-
 class Saved(nn.Module):
     """As PEFT's `modules_to_save`: a frozen layer and a copy that trains."""
 
@@ -174,9 +168,6 @@ def test_copied_layers_have_the_target_of_their_model() -> None:
     assert [conv.num_groups for conv in trained] == [16, 16]
     used = [*trained, *model[2:]]
     assert sum(complexity(conv).item() for conv in used) <= 0.5 * 4 * 256 + 2 * 16
-
-
-# Loops that no hook sees
 
 
 def train(model: nn.Module, step: Callable[[], Any], count: int = 8) -> None:
@@ -227,9 +218,6 @@ def test_usual_loops_are_not_warned_of() -> None:
             model.zero_grad()
             loss_of(model).backward()
             in_evaluation()
-
-
-# Averages
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -59,9 +59,6 @@ def check_term(model: nn.Module, step: Callable[[], Any]) -> None:
         assert_close(gate - start, -LR * WEIGHT * term)
 
 
-# Loops
-
-
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     loss_of(model).backward()
     optimizer.step()
@@ -150,9 +147,6 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind(opt: Any, fused: bool,
     assert_close(*ends, rtol=0, atol=0)
 
 
-# Models
-
-
 def pickled(module: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(module))
 
@@ -198,9 +192,6 @@ def test_optimizers_without_gates_are_left_alone() -> None:
     assert all(gate.grad is None for gate in gates(model))
     torch.optim.SGD([p for p in model.parameters() if all(p is not gate for gate in gates(model))], LR).step()
     assert all(gate.grad is None for gate in gates(model))
-
-
-# The target
 
 
 @forms
@@ -257,9 +248,6 @@ def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: 
         optimizer.step()
         assert calls == (["tolist"] if target else [])
         assert all(not torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
-
-
-# Bound and steps
 
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lookahead_momentum"])
