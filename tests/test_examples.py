@@ -38,9 +38,7 @@ def test_lightning_fine_tunes_a_network_to_a_target(monkeypatch: Patch, tmp_path
     assert 70 < float(macs) <= 80
 
 
-def test_a_network_of_your_own_is_trained_to_a_measured_target(
-    monkeypatch: Patch, tmp_path: Path, capsys: Capture
-) -> None:
+def test_your_own_network_is_trained_to_a_measured_target(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
     monkeypatch.setattr("timm_dgconv.measure._MOST", 1e9)  # other tests take the cores
     args = ["--width", "64", "--img-size", "32", "--rounds", "3", "--epochs", "2"]
     run("own_network", args, monkeypatch, tmp_path)

@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import layers, set_gates
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dgconv
@@ -130,22 +131,11 @@ def test_measured_costs_are_in_the_report(tmp_path: Path) -> None:
         group_report(thirds, costs=str(path))
 
 
-class Wrapper(nn.Module):
-    """A wrapper like DistributedDataParallel."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
 def test_the_report_looks_into_wrappers() -> None:
     model = without_weights(TINY)
     expected = group_report(model)
-    assert group_report(Wrapper(model)) == expected
-    assert group_report(torch.compile(Wrapper(model))) == expected  # type: ignore[arg-type]
+    assert group_report(AveragedModel(model)) == expected
+    assert group_report(torch.compile(AveragedModel(model))) == expected  # type: ignore[arg-type]
     sequence = group_report(nn.Sequential(model, nn.Identity()))
     assert (sequence.learned, sequence.model) == (expected.learned, expected.model)
     assert [layer.name for layer in sequence.layers] == [f"0.{layer.name}" for layer in expected.layers]

@@ -120,9 +120,7 @@ OTHERS: dict[str, list[str]] = {  # with their arguments
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_scripts_take_the_network(
-    name: str, trained: Run, images: Path, tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_other_scripts_take_networks(name: str, trained: Run, images: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     if name == "inference.py":
         pytest.importorskip("pandas", reason="timm's inference.py needs pandas")
     monkeypatch.chdir(tmp_path)

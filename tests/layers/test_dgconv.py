@@ -140,9 +140,7 @@ def test_the_name_of_the_gates_says_how_they_are_read(form: dict[str, Any]) -> N
 @forms
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("closed", ["0000", "1100", "0101", "1011", "1111"])
-def test_a_layer_becomes_a_plain_convolution(
-    closed: str, memory_format: torch.memory_format, form: dict[str, Any]
-) -> None:
+def test_a_layer_becomes_a_plain_convolution(closed: str, memory_format: Any, form: dict[str, Any]) -> None:
     conv = conv_with(closed, 48, 16, padding="same", padding_mode="circular", dtype=torch.float64, **form)
     conv = conv.to(memory_format=memory_format).eval()
     conv.weight.requires_grad_(False)
@@ -290,9 +288,7 @@ USES: dict[str, Callable[[Any, Tensor], Any]] = {
 @forms
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 48), (48, 12), (16, 48), (48, 16), (16, 16)])
-def test_a_layer_whose_channels_a_pruner_has_changed_is_refused(
-    inputs: int, outputs: int, use: str, form: dict[str, Any]
-) -> None:
+def test_a_layer_with_pruned_channels_is_refused(inputs: int, outputs: int, use: str, form: dict[str, Any]) -> None:
     """16 channels have as many gates as 48, and the code of a channel is another one."""
     conv = conv_with("0110", 48, 48, **form)
     conv.in_channels, conv.weight = inputs, nn.Parameter(conv.weight.detach()[:outputs, :inputs].clone())

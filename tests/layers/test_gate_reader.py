@@ -303,9 +303,7 @@ def test_a_recomputation_has_one_transfer_per_layer(transfers: list[str]) -> Non
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["network", "owners inside"])
-def test_a_network_is_compiled_once_and_a_call_has_one_transfer(
-    name: str, training: bool, transfers: list[str]
-) -> None:
+def test_a_network_compiles_once_and_a_call_has_one_transfer(name: str, training: bool, transfers: list[str]) -> None:
     torch._dynamo.reset()
     model, x = NETWORKS[name](), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     backend = CompileCounterWithBackend("aot_eager")

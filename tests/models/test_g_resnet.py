@@ -29,11 +29,6 @@ def create(**kwargs: Any) -> nn.Module:
     return timm.create_model("test_g_resnext", **{"zero_init_last": False, "num_classes": 10, **kwargs})
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 64)
-
-
 def test_timm_lists_all_models() -> None:
     registered = {name for module in ("g_resnet", "g_densenet") for name in timm.list_models(module=module)}
     assert registered == set(ARCHITECTURES)
@@ -133,7 +128,8 @@ def test_models_are_built_on_a_device_and_in_a_dtype() -> None:
 
 @jit_is_deprecated
 @forms
-def test_graphs_compute_the_same(form: dict[str, Any], x: torch.Tensor) -> None:
+def test_graphs_compute_the_same(form: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 64, 64)
     scripted = torch.jit.script(create(**form)).train()  # as train.py --torchscript does
     scripted(x).sum().backward()
     model = create(**form).eval()
@@ -189,8 +185,9 @@ def test_the_checkpoint_of_the_original_release_loads(
         pytest.param("g_resnext101", 32, marks=pytest.mark.slow),
     ],
 )
-def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Path, x: torch.Tensor) -> None:
+def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Path) -> None:
     torch.manual_seed(1)
+    x = torch.randn(2, 3, 64, 64)
     fixed = timm.create_model(BASE_MODELS[name], **{} if "densenet" in name else {"zero_init_last": False})
     fixed(torch.randn(4, 3, 64, 64))  # statistics in its batch norms
     fixed.eval()

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from timm_dgconv.ops import autograd
 from timm_dgconv.ops.grouped import in_format, is_channels_last
 
-ALL = (True, True, True)
 FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 
 
@@ -103,7 +102,7 @@ class Case(NamedTuple):
     weight_format: str = "channels_last"
     grad_format: str = "channels_last"
     form: tuple[bool, bool] = (True, True)
-    mask: tuple[bool, bool, bool] = ALL
+    mask: tuple[bool, bool, bool] = (True, True, True)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Input, weight and gates."""
@@ -169,9 +168,7 @@ def description(x: Tensor) -> tuple[Any, ...]:
 @pytest.mark.usefixtures("simulation")
 @pytest.mark.parametrize("number", [50, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("input_dtype", "weight_dtype"), DTYPES, ids=str)
-def test_results_are_as_the_fake_operators_say(
-    input_dtype: torch.dtype, weight_dtype: torch.dtype, number: int
-) -> None:
+def test_results_are_what_fake_operators_say(input_dtype: torch.dtype, weight_dtype: torch.dtype, number: int) -> None:
     generator = random.Random(f"{input_dtype} {weight_dtype}")
     columns = [generator.sample((values * number)[:number], number) for values in AXES.values()]
     for values in zip(*columns, strict=True):

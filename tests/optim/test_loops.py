@@ -11,6 +11,7 @@ from conftest import gates, set_gates
 from test_steering import LR, check_term, density, loss_of, network, values
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
@@ -69,25 +70,19 @@ class Averager:
                     parameter.add_(2.0)
 
 
-def opens_gates(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return OpensGates([{"params": parameters, "shift": 2.0}], LR)
+OUTERMOST: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "opens gates": lambda gates: OpensGates([{"params": gates, "shift": 2.0}], LR),
+    "averages": lambda gates: PostLocalSGDOptimizer(torch.optim.SGD(gates, LR), Averager()),
+    "lookahead": lambda gates: create_optimizer_v2(gates, opt="lookahead_momentum", lr=0.2, weight_decay=0.0),
+}
 
 
-def post_local(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optim = pytest.importorskip("torch.distributed.optim")
-    return optim.PostLocalSGDOptimizer(torch.optim.SGD(parameters, LR), Averager())
-
-
-def lookahead(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return create_optimizer_v2(parameters, opt="lookahead_momentum", lr=0.2, weight_decay=0.0)
-
-
-@pytest.mark.parametrize("optimizer", [opens_gates, post_local, lookahead])
-def test_the_target_is_held_after_the_outermost_step(optimizer: Callable[[list[nn.Parameter]], Any]) -> None:
+@pytest.mark.parametrize("optimizer", OUTERMOST)
+def test_the_target_is_held_after_the_outermost_step(optimizer: str) -> None:
     """These optimizers change gates after the step of another one."""
     model = network(1e-9, complexity_target=TARGET)
     set_gates(model, lambda gate: -torch.rand_like(gate))
-    outermost = optimizer(gates(model))
+    outermost = OUTERMOST[optimizer](gates(model))
     for _ in range(60):
         for gate in gates(model):
             gate.grad = torch.randn_like(gate)
