@@ -177,6 +177,7 @@ def run_ranks(folder: Path, code: str, *args: str, world: int = 2) -> None:
             rank.kill()
 
 
+Original = tuple[Path, torch.Tensor, torch.Tensor]
 Vectors = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 
@@ -242,7 +243,7 @@ def parity() -> Vectors:
 
 
 @pytest.fixture(scope="session")
-def original(parity: Vectors, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
+def original(parity: Vectors, tmp_path_factory: pytest.TempPathFactory) -> Original:
     """Return a checkpoint of the original release with the weights of the parity vectors, their input and logits."""
     expected, metadata = parity("g_resnext50")
     state_dict = original_state_dict(timm.create_model("g_resnext50", device="meta"), int(metadata["key0"]))

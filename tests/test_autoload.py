@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import dedent
-from types import MappingProxyType
 
 import pytest
 from conftest import Patch
@@ -19,7 +18,6 @@ from conftest import Patch
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 
-NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 NO_AUTOLOAD = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 OUR_WARNINGS = ["error:Overwriting", "error:timm-dgconv"]  # timm's, of a model that is registered twice, and our own
@@ -40,15 +38,15 @@ def elsewhere(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
 
 
-def python(*arguments: str | Path, env: Mapping[str, str] = NO_VARIABLES, cwd: Path | None = None) -> str:
+def python(*arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **env}, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | (env or {}), cwd=cwd, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.fail(f"{done.stderr}\n{done.stdout}", pytrace=False)
     return done.stdout
 
 
-def run(*code: str, env: Mapping[str, str] = NO_VARIABLES) -> str:
+def run(*code: str, env: Mapping[str, str] | None = None) -> str:
     return python("-c", "\n".join(map(dedent, code)), env=env)
 
 
@@ -139,8 +137,8 @@ def test_the_timm_of_a_clone_has_the_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "error", "imports", "env"),
     [
-        ("models/g_resnet", "raise ImportError('broken')", "ImportError: broken", "torch, timm", NO_VARIABLES),
-        ("models/g_resnet", "1 +", "SyntaxError: ", "timm, timm_dgconv", NO_VARIABLES),
+        ("models/g_resnet", "raise ImportError('broken')", "ImportError: broken", "torch, timm", {}),
+        ("models/g_resnet", "1 +", "SyntaxError: ", "timm, timm_dgconv", {}),
         ("layers/dgconv", "raise RuntimeError('broken')", "RuntimeError: broken", "timm, timm_dgconv", NO_AUTOLOAD),
     ],
     ids=["ImportError", "SyntaxError", "RuntimeError"],

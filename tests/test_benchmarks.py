@@ -118,9 +118,8 @@ def test_the_study_trains_each_run_once(bench: Any, tmp_path: Path) -> None:
     assert (tmp_path / "study.png").exists()
 
 
-def test_a_dry_run_of_the_gpu_benchmark_measures_everything_right(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_dry_run_of_the_gpu_benchmark_measures_everything_right(bench: Any, tmp_path: Path) -> None:
     """On the CPU."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     stages = ["networks", "scripts"]
     env = {key: value for key, value in os.environ.items() if key != "TIMM_SCRIPTS_DIR"}
     command = [sys.executable, BENCHMARKS / "gpu.py", *stages, "--dry-run", "--here", "--out", tmp_path]
@@ -139,8 +138,7 @@ def test_a_dry_run_of_the_gpu_benchmark_measures_everything_right(tmp_path: Path
     assert "| test_g_resnext | learnable | train |" in summary
 
 
-def test_the_gpu_benchmark_asks_for_a_dry_run_without_a_gpu(monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_the_gpu_benchmark_asks_for_a_dry_run_without_a_gpu(bench: Any, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module("gpu").main(["networks"])

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import Capture, Patch
+from conftest import Capture, Original, Patch
 from hub_server import HubServer, run_python
 from PIL import Image
 
@@ -102,9 +102,7 @@ def test_the_code_of_a_model_card_prints_its_comments(name: str, hub: dict[str, 
         assert output.splitlines() == re.findall(r"#  (torch\.Size.*)", code)
 
 
-def test_our_commands_run_in_the_order_of_the_pages(
-    original: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: Patch
-) -> None:
+def test_our_commands_run_in_the_order_of_the_pages(original: Original, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("g_resnext50.pth.tar").symlink_to(original[0])
     run_folder = Path("output/train/RUN")

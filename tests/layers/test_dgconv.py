@@ -187,18 +187,14 @@ def test_output_can_be_changed_in_place(form: dict[str, Any]) -> None:
     assert_close(*grads)
 
 
-def exported(conv: DGConv2d, x: Tensor) -> Any:
-    batch = {"input": {0: torch.export.Dim("batch", min=1, max=64)}}
-    return saved(torch.export.export(conv, (x,), dynamic_shapes=batch), torch.export).module()
-
-
+BATCH = {"input": {0: torch.export.Dim("batch", min=1, max=64)}}
 GRAPHS: dict[str, Callable[[DGConv2d, Tensor], Any]] = {
     "script": lambda conv, x: torch.jit.script(conv),
     "saved script": lambda conv, x: saved(torch.jit.script(conv), torch.jit),
     "trace": torch.jit.trace,
     "fx": lambda conv, x: torch.fx.symbolic_trace(conv),
     "fx and script": lambda conv, x: torch.jit.script(torch.fx.symbolic_trace(conv)),
-    "export": exported,
+    "export": lambda conv, x: saved(torch.export.export(conv, (x,), dynamic_shapes=BATCH), torch.export).module(),
 }
 
 

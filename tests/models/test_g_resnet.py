@@ -12,7 +12,7 @@ import timm
 import timm.models
 import timm.optim
 import torch
-from conftest import forms, gates, jit_is_deprecated, layers
+from conftest import Original, forms, gates, jit_is_deprecated, layers
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.models._hub import save_config_for_hf
@@ -133,8 +133,7 @@ def test_graphs_compute_the_same(form: dict[str, Any]) -> None:
     scripted = torch.jit.script(create(**form)).train()  # as train.py --torchscript does
     scripted(x).sum().backward()
     model = create(**form).eval()
-    form = {"sort": True, "nested": True, **form}
-    assert {(conv.sort, conv.nested) for conv in layers(model)} == {(form["sort"], form["nested"])}
+    assert {(conv.sort, conv.nested) for conv in layers(model)} == {(form.get("sort", True), form.get("nested", True))}
     scripted.load_state_dict(model.state_dict())
     exported = torch.export.export(model, (x,)).module()
     for graph in (scripted.eval(), torch.jit.trace(model, x), torch.fx.symbolic_trace(model), exported):
@@ -157,9 +156,7 @@ def test_gates_do_not_decay_and_have_the_learning_rate_of_their_layer() -> None:
 
 
 @pytest.mark.parametrize("route", ["checkpoint_path", "overlay", "load_checkpoint", "resume_checkpoint"])
-def test_the_checkpoint_of_the_original_release_loads(
-    original: tuple[Path, torch.Tensor, torch.Tensor], route: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_original_checkpoint_loads(original: Original, route: str, caplog: pytest.LogCaptureFixture) -> None:
     file, x, logits = original
     if route == "checkpoint_path":  # and train.py --initial-checkpoint
         model = timm.create_model("g_resnext50", checkpoint_path=str(file))

@@ -182,7 +182,6 @@ def test_a_weight_that_another_kind_of_module_shares_is_left_out() -> None:
         ),
         (lambda: "resnet50", None, TypeError, "groupable takes a torch.nn.Module, not a str"),
     ],
-    ids=range(5),
 )
 def test_bad_input_is_refused_and_nothing_changes(model: Any, where: Any, error: type[Exception], words: str) -> None:
     network = model()

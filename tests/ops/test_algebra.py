@@ -72,9 +72,7 @@ def test_nan_gates_are_refused_on_the_host_and_visible_in_a_graph(form: tuple[bo
 
 
 @given(gate_values, st.integers(1, 3), st.integers(1, 3), forms)
-def test_complexity_is_the_number_of_connected_pairs(
-    values: list[float], q_out: int, q_in: int, form: tuple[bool, bool]
-) -> None:
+def test_complexity_counts_connections(values: list[float], q_out: int, q_in: int, form: tuple[bool, bool]) -> None:
     gate, num_codes = torch.tensor(values, requires_grad=True), 1 << len(values)
     channels = (q_out * num_codes, q_in * num_codes)
     pairs = algebra.complexity(gate, *channels, *form)
