@@ -19,7 +19,6 @@ from timm_dgconv import compact, freeze_groups
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in /proc")
 
-slow = pytest.mark.slow
 STEERING = pytest.mark.parametrize("kwargs", [{}, {"complexity_target": 0.1}, {"sort": False}], ids=str)
 
 
@@ -54,7 +53,7 @@ def trainer(model: nn.Module) -> Callable[[], None]:
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize(("warm_up", "steps"), [(60, 60), pytest.param(300, 700, marks=slow)])
+@pytest.mark.parametrize(("warm_up", "steps"), [(60, 60), pytest.param(300, 700, marks=pytest.mark.slow)])
 @STEERING
 def test_steps_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) -> None:
     step = trainer(trained(num_classes=5, **kwargs))
@@ -67,7 +66,7 @@ def test_steps_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) 
     assert len(gc.get_objects()) - objects < 200
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
 @STEERING
 def test_networks_come_and_go(count: int, kwargs: dict[str, Any]) -> None:
     models: list[weakref.ref[nn.Module]] = []

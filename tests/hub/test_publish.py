@@ -42,8 +42,7 @@ class Hub(NamedTuple):
 
     server: HubServer
     results: dict[str, tuple[int, str, str]]
-    folder: Path
-    """Where the commands wrote to."""
+    folder: Path  # where the commands wrote to
 
 
 def assert_one_line(result: tuple[int, str, str], *said: str) -> None:

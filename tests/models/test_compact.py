@@ -291,8 +291,7 @@ def test_hooks_of_a_layer_stay(name: str, hook: str, form: dict[str, Any], form_
 
 
 def scaled_per_channel(module: nn.Module, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    (gradient,) = gradients
-    return (gradient * torch.linspace(0.5, 2, gradient.shape[1]).view(1, -1, 1, 1),)
+    return (gradients[0] * torch.linspace(0.5, 2, gradients[0].shape[1]).view(1, -1, 1, 1),)
 
 
 @pytest.mark.parametrize("name", ["conv1", "conv2", "conv3"])

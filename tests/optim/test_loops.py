@@ -139,26 +139,18 @@ def test_gates_stop_within_the_target(opt: str) -> None:
     assert 0.05 < density(model) <= 0.1
 
 
-class Saved(nn.Module):
-    """As PEFT's `modules_to_save`: a frozen layer and a copy that trains."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original = original.requires_grad_(False)
-        self.copy = copy.deepcopy(original).requires_grad_(True)
-
-
 def test_copied_layers_have_the_target_of_their_model() -> None:
+    """PEFT's `modules_to_save` has frozen layers and copies that train."""
     model = nn.ModuleList(DGConv2d(16, 16, 1) for _ in range(4))
     steer(model, 1e-9, 0.5)
     set_gates(model, lambda gate: 0.1 + torch.rand_like(gate))
-    whole = nn.ModuleList([Saved(conv) if n < 2 else conv.requires_grad_(False) for n, conv in enumerate(model)])
-    trained = [part.copy for part in whole if isinstance(part, Saved)]
+    model.requires_grad_(False)
+    trained = nn.ModuleList(copy.deepcopy(conv).requires_grad_(True) for conv in model[:2])
     steps = [conv.gate.detach().clone() for conv in trained]
     for _ in range(30):
         for conv, step in zip(trained, steps, strict=True):
             conv.gate.grad = step
-        torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], 0.1).step()
+        torch.optim.SGD(trained.parameters(), 0.1).step()
     # Two of four layers are frozen and dense, so the others have no share of the target left.
     assert [conv.num_groups for conv in trained] == [16, 16]
     used = [*trained, *model[2:]]
