@@ -98,7 +98,7 @@ class Slow(nn.Module):
 
 def test_layers_that_take_longer_than_the_network_are_refused(monkeypatch: Patch) -> None:
     monkeypatch.setattr("timm_dgconv.measure._deployed", lambda *args: Slow())
-    with pytest.raises(RuntimeError, match=r"layers alone took 8.* ms and the whole network .*: the machine was not"):
+    with pytest.raises(RuntimeError, match=r"layers alone took [\d.]+ ms and the whole network .*: the machine was"):
         measure(timm.create_model("test_g_resnext"), (3, 32, 32), rounds=2)
 
 

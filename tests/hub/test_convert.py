@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import Capture, Patch, assert_refused, outputs, trained
+from conftest import Capture, Patch, assert_refused, layers, outputs, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
@@ -208,9 +208,24 @@ def test_averaged_weights_can_be_left_out(tmp_path: Path) -> None:
     assert torch.equal(outputs(load(out)), outputs(other))
 
 
+@pytest.mark.parametrize("target", [0.9, "resnext"])
+@pytest.mark.parametrize("unit", ["connections", "macs"])
+def test_an_average_above_the_target_of_its_training_is_named(unit: str, target: Any, tmp_path: Path) -> None:
+    args = dict(complexity_target=target, complexity_unit=unit, img_size=32)
+    model = timm.create_model("test_g_resnext", init_groups=1)
+    dense = copy.deepcopy(model.state_dict())
+    for conv in layers(model):
+        conv.reset_gate(1 << conv.num_bits)
+    checkpoint = train_checkpoint(model, **args) | {"state_dict_ema": dense}
+    torch.save(checkpoint, tmp_path / "last.pth.tar")
+    convert.convert(str(tmp_path / "last.pth.tar"), TINY, tmp_path / "trained", use_ema=False)
+    with pytest.warns(UserWarning, match=rf"costs 1.000 of the dense network's {unit}, .*complexity_target=0\.\d+;"):
+        convert.convert(str(tmp_path / "last.pth.tar"), TINY, tmp_path / "average")
+
+
 STEM = dict(stem_type="deep", stem_width=8, avg_down=True)
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of the model, and `args.model_kwargs`
-    "in_chans=1": (dict(in_chans=1), dict(complexity_target=0.2)),
+    "in_chans=1": (dict(in_chans=1), dict(complexity_target=1.0)),
     "in_chans=4": (dict(in_chans=4, **STEM), STEM),
     "stem": (STEM, dict(STEM, complexity_weight=0.1)),
     "gp": (dict(global_pool="avgmax"), dict(global_pool="avgmax")),

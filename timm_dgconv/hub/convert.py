@@ -45,7 +45,7 @@ def convert(
     """Convert a checkpoint into a folder that timm loads with ``create_model("local-dir:...")``, and verify it.
 
     The arguments are those of ``timm-dgconv convert``. No code in the source is executed. The output appears when
-    everything in it is verified.
+    everything in it is verified. A model that costs more than the target of its training is a warning.
 
     Returns:
         The files, and the largest difference between the outputs of the reloaded model and those of the source.
@@ -63,6 +63,7 @@ def convert(
         raise ValueError(f"{output.absolute().parent} is not a folder; create it, or use another --out")
     checkpoint = Checkpoint(source, architecture, cfg, use_ema, model_kwargs)
     model = checkpoint.load()
+    checkpoint.warn_above_target(model)
     outputs = _outputs(model)
     written = compact_model(model) if compact else model
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as work:

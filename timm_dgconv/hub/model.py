@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +19,8 @@ from timm_dgconv.layers.checkpoints import GATE_NAMES
 from timm_dgconv.layers.dgconv import DGConv2d
 from timm_dgconv.models.base_models import ARCHITECTURES
 from timm_dgconv.models.group_net import TRAINING_ARGS
+from timm_dgconv.optim.complexity import complexity
+from timm_dgconv.optim.cost import named_layers
 
 BASELINE = "resnext50_32x4d.dgconv_in1k"
 """The ResNeXt that the original release trained for comparison. timm loads it without this package."""
@@ -25,6 +29,8 @@ RESNEXT_PAPER = ("Aggregated Residual Transformations for Deep Neural Networks",
 
 _NO_NETWORK_ARGS = {*TRAINING_ARGS, "in_chans", "num_classes", *inspect.signature(timm.create_model).parameters}
 """Arguments that do not change the network of a checkpoint: the weights tell the number of channels and classes."""
+
+_TARGET_ARGS = {"complexity_target", "complexity_unit", "img_size"}
 
 _LAYER = re.compile(r"(|.*\.)(?:layer\d\.\d+|features\.denseblock\d\.denselayer\d+)\.conv2\.(?:conv\.)?weight")
 """The name of a layer that learns its groups, after the prefix that a wrapper adds."""
@@ -102,6 +108,7 @@ class Checkpoint:
         self.cfg = _with_data_args(cfg, info.data_args)
         self.epoch = info.epoch
         self.state_dict = self._unwrap({name.replace("_orig_mod.", ""): value for name, value in state_dict.items()})
+        self.target = {name: info.model_kwargs[name] for name in _TARGET_ARGS & info.model_kwargs.keys()}
         args = {**info.model_kwargs, **(model_kwargs or {})}.items()
         self.model_kwargs = {k: value for k, value in args if k not in _NO_NETWORK_ARGS and value is not None}
         if any(name.endswith((".in_order", ".out_order")) for name in self.state_dict):
@@ -156,6 +163,24 @@ class Checkpoint:
             )
         return model
 
+    def warn_above_target(self, model: nn.Module) -> None:
+        """Warn if the loaded model costs more than the target of its training, as an average of models may."""
+        unit = self.target.get("complexity_unit", "connections")
+        is_known = unit in ("connections", "macs") or Path(unit).is_file()
+        if self.target.get("complexity_target") is None or not is_known:
+            return
+        steered: Any = self._create(**self.target)
+        steered.load_state_dict(model.state_dict())
+        steering = next(layer.steered.steering for layer in named_layers(steered).values())
+        share = complexity(steered, steering.cost).item() / steering.cost.dense
+        if share > steering.target * (1 + 1e-6):
+            warnings.warn(
+                f"{self.source} costs {share:.3f} of the dense network's {unit}, and its training had "
+                f"complexity_target={steering.target:.3g}; an average of models may exceed a target: use --no-ema, or "
+                "timm_dgconv.hold_target (docs/steering.md, Average models)",
+                stacklevel=3,
+            )
+
     def load_groups(self) -> nn.Module:
         """Return the model, with plain group convolutions where the checkpoint has them; raises as `load` does."""
         model = self.load()
@@ -166,11 +191,11 @@ class Checkpoint:
                 conv.to_group_conv_(conv.in_channels // weight.shape[1])
         return model
 
-    def _create(self) -> nn.Module:
-        """Create the model. The weights determine the number of classes and of input channels."""
+    def _create(self, **steering: Any) -> nn.Module:
+        """Create the model, steered or not. The weights determine the number of classes and of input channels."""
         head = self.state_dict.get(f"{self.cfg.classifier}.weight")
         first = self.cfg.first_conv.removesuffix(".0")  # timm names the first of three convolutions conv1.0
         stem = self.state_dict.get(f"{first}.weight", self.state_dict.get(f"{first}.0.weight"))
         num_classes = 0 if head is None else self.cfg.num_classes if head.ndim != 2 else len(head)
         in_chans = 3 if stem is None or stem.ndim != 4 else stem.shape[1]
-        return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs)
+        return create(self.architecture, self.cfg, num_classes, in_chans, **self.model_kwargs, **steering)
