@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Patch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -358,7 +357,7 @@ def test_openvino_computes_the_same(form: str) -> None:
 @pytest.mark.client("openvino")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_the_page_about_deployment_runs_as_one_program(monkeypatch: Patch) -> None:
+def test_the_page_about_deployment_runs_as_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO computes in bfloat16 on processors that have it."""
     import timm
     from test_docs import deploy_programs
