@@ -7,9 +7,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers, and the processes that
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a busy machine would show bars where one line is expected
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from textwrap import dedent
@@ -48,8 +50,10 @@ torch.jit._builtins._register_builtin = keep_and_register
 
 DATA = Path(__file__).parent / "data"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]  # of a layer
 
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch  # types of fixtures
 forms = pytest.mark.parametrize("form", FORMS, ids=str)
 sorted_or_not = pytest.mark.parametrize("form", [{}, {"sort": False}], ids=str)
 jit_is_deprecated = pytest.mark.filterwarnings(
@@ -112,10 +116,25 @@ def gates(model: nn.Module) -> list[nn.Parameter]:
     return [layer.gate for layer in layers(model)]
 
 
+def set_gates(model: nn.Module, value: Callable[[torch.Tensor], torch.Tensor | float]) -> None:
+    """Give every gate a value, a function of the one that it has."""
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.copy_(torch.as_tensor(value(gate)))
+
+
 def own_forward(conv: Any) -> None:
     """Give a convolution another forward pass."""
     forward = conv.forward
     conv.forward = lambda x: 2 * forward(x)
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """The result, or the type of the error."""
+    try:
+        return function()
+    except RuntimeError as error:
+        return type(error)
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -126,12 +145,13 @@ def outputs(model: nn.Module) -> torch.Tensor:
         return model.eval()(images)
 
 
-def assert_refused(capsys: pytest.CaptureFixture[str], command: list[str], *said: str) -> None:
+def assert_refused(command: list[str], *said: str) -> None:
     """The command exits with status 2, writes one line of error with these words, and prints nothing else."""
-    assert main(command) == 2
-    out, error = capsys.readouterr()
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        assert main(command) == 2
+    error = err.getvalue()
     assert all(words in error for words in said), error
-    assert (out, len(error.splitlines())) == ("", 1)
+    assert (out.getvalue(), len(error.splitlines())) == ("", 1)
 
 
 RANK = """
@@ -157,6 +177,7 @@ def run_ranks(folder: Path, code: str, *args: str, world: int = 2) -> None:
             rank.kill()
 
 
+Original = tuple[Path, torch.Tensor, torch.Tensor]
 Vectors = Callable[[str], tuple[dict[str, torch.Tensor], dict[str, Any]]]
 
 
@@ -222,7 +243,7 @@ def parity() -> Vectors:
 
 
 @pytest.fixture(scope="session")
-def original(parity: Vectors, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
+def original(parity: Vectors, tmp_path_factory: pytest.TempPathFactory) -> Original:
     """Return a checkpoint of the original release with the weights of the parity vectors, their input and logits."""
     expected, metadata = parity("g_resnext50")
     state_dict = original_state_dict(timm.create_model("g_resnext50", device="meta"), int(metadata["key0"]))

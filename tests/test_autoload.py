@@ -11,14 +11,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import dedent
-from types import MappingProxyType
 
 import pytest
+from conftest import Patch
 
 ROOT = Path(__file__).parents[1]
 NO_CACHES = shutil.ignore_patterns("__pycache__")
 
-NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 NO_AUTOLOAD = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 OUR_WARNINGS = ["error:Overwriting", "error:timm-dgconv"]  # timm's, of a model that is registered twice, and our own
@@ -32,22 +31,22 @@ assert type(timm.create_model("test_g_resnext")).__module__ == "timm_dgconv.mode
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path: Path, monkeypatch: Patch) -> None:
     """Leave the repository, so that Python does not find it, and turn our warnings into errors, also in children."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONWARNINGS", ",".join(OUR_WARNINGS))
     monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
 
 
-def python(*arguments: str | Path, env: Mapping[str, str] = NO_VARIABLES, cwd: Path | None = None) -> str:
+def python(*arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **env}, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | (env or {}), cwd=cwd, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.fail(f"{done.stderr}\n{done.stdout}", pytrace=False)
     return done.stdout
 
 
-def run(*code: str, env: Mapping[str, str] = NO_VARIABLES) -> str:
+def run(*code: str, env: Mapping[str, str] | None = None) -> str:
     return python("-c", "\n".join(map(dedent, code)), env=env)
 
 
@@ -67,9 +66,6 @@ def env(request: pytest.FixtureRequest) -> dict[str, str]:
     if request.param == "installed":
         return {}
     return {"PYTHONPATH": str(request.getfixturevalue("wheel"))}
-
-
-# As installed, and from the wheel.
 
 
 def test_torch_imports_the_finder_and_nothing_else(env: dict[str, str]) -> None:
@@ -113,9 +109,6 @@ def test_the_wheel_has_the_package_and_its_command_only(wheel: Path) -> None:
     assert {name.split("/")[0].partition("-")[0] for name in found} == {"timm_dgconv", "bin"}
 
 
-# Orders.
-
-
 @pytest.mark.parametrize(
     "imports",
     [
@@ -157,14 +150,11 @@ def test_the_timm_of_a_clone_has_the_models(tmp_path: Path) -> None:
     assert Path(found).parent == clone / "timm"
 
 
-# Failures, and other finders.
-
-
 @pytest.mark.parametrize(
     ("module", "line", "error", "imports", "env"),
     [
-        ("models/g_resnet", "raise ImportError('broken')", "ImportError: broken", "torch, timm", NO_VARIABLES),
-        ("models/g_resnet", "1 +", "SyntaxError: ", "timm, timm_dgconv", NO_VARIABLES),
+        ("models/g_resnet", "raise ImportError('broken')", "ImportError: broken", "torch, timm", {}),
+        ("models/g_resnet", "1 +", "SyntaxError: ", "timm, timm_dgconv", {}),
         ("layers/dgconv", "raise RuntimeError('broken')", "RuntimeError: broken", "timm, timm_dgconv", NO_AUTOLOAD),
     ],
     ids=["ImportError", "SyntaxError", "RuntimeError"],
@@ -190,9 +180,6 @@ def test_timm_works_with_one_warning_if_the_package_is_broken(
     (warning,) = output.splitlines()
     assert warning.startswith("timm-dgconv could not register its models, timm works without them: ")
     assert error in warning
-
-
-# The public surface.
 
 
 def test_public_names_are_imported_on_first_use() -> None:

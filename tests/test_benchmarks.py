@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -11,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import layers
+from conftest import Capture, Patch, layers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--model", "test_g_resnext", "--batch-size", "2", "--img-size", "32", "--rounds", "2", "--groups", "4"]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench(monkeypatch: Patch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("bench")
 
@@ -77,7 +78,7 @@ def test_memory_is_measured_by_a_script_in_another_folder(tmp_path: Path) -> Non
     ],
 )
 def test_wrong_options_are_named_before_anything_is_measured(
-    bench: Any, args: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Any, args: list[str], named: str, monkeypatch: Patch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(bench, "interleave", None)
     with pytest.raises(SystemExit) as stop:
@@ -115,3 +116,31 @@ def test_the_study_trains_each_run_once(bench: Any, tmp_path: Path) -> None:
     assert len(dense["top1"]) == len(paper["top1"]) == 2
     assert dense["groups"] == [1] * 8
     assert (tmp_path / "study.png").exists()
+
+
+def test_a_dry_run_of_the_gpu_benchmark_measures_everything_right(bench: Any, tmp_path: Path) -> None:
+    """On the CPU."""
+    stages = ["networks", "scripts"]
+    env = {key: value for key, value in os.environ.items() if key != "TIMM_SCRIPTS_DIR"}
+    command = [sys.executable, BENCHMARKS / "gpu.py", *stages, "--dry-run", "--here", "--out", tmp_path]
+    subprocess.run(command, env={**env, "OMP_NUM_THREADS": "1"}, check=True)
+    files = {stage: json.loads((tmp_path / f"{stage}.json").read_text()) for stage in stages}
+    assert {file["result"] for file in files.values()} == {"passed"}
+    *rows, compiled = files["networks"]["rows"]
+    assert "skipped" in compiled
+    gpu = importlib.import_module("gpu")
+    forms = {(form, what) for form in ("test_resnet", *gpu.FORMS) for what in ("train", "infer")}
+    forms -= {("compact", "train"), ("deployed", "train")}
+    assert {(row["form"], row["what"]) for row in rows if row["ms"] > 0} == forms
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| networks | passed |" in summary
+    assert "set TIMM_SCRIPTS_DIR" in summary
+    assert "| test_g_resnext | learnable | train |" in summary
+
+
+def test_the_gpu_benchmark_asks_for_a_dry_run_without_a_gpu(bench: Any, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("gpu").main(["networks"])
+    assert stop.value.code == 2
+    assert "--dry-run" in capsys.readouterr().err

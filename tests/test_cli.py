@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Capture
 
 from timm_dgconv.cli import main
 
 
 @pytest.mark.parametrize("command", ["", "demo", "convert", "publish", "inspect", "measure"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*filter(None, [command]), "--help"])
     assert stop.value.code == 0
@@ -19,14 +20,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    "args",
-    [
-        [],
-        ["convert", "source"],
-        ["inspect", "source", "--model", "g_resnext50", "--model-kwargs", "stem_type"],
-    ],
+    "args", [[], ["convert", "source"], ["inspect", "source", "--model", "g_resnext50", "--model-kwargs", "stem_type"]]
 )
-def test_wrong_usage_exits_with_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_status_2(args: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_refused
+from conftest import Capture, Patch, assert_refused
 from timm.models import save_for_hf
 
 from timm_dgconv import demo
@@ -38,9 +38,7 @@ def test_timm_loads_the_model(folder: Path) -> None:
     assert (config["num_classes"], config["pretrained_cfg"]["input_size"]) == (10, [3, 32, 32])
 
 
-def test_overwrite_replaces_a_demo_and_the_run_is_reproducible(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_replaces_a_demo_and_the_run_is_reproducible(folder: Path, capsys: Capture) -> None:
     before = json.loads((folder / "summary.json").read_text())
     (folder / "model.safetensors").write_bytes(b"damaged")
     assert main([*TINY, "--output", str(folder), "--overwrite"]) == 0
@@ -56,9 +54,7 @@ def test_overwrite_replaces_a_demo_and_the_run_is_reproducible(
 @pytest.mark.parametrize(
     "names", [["summary.json", "notes.txt"], ["summary.json", "run/checkpoint.pth"], ["config.json"], []]
 )
-def test_overwrite_keeps_what_is_not_the_output_of_a_demo(
-    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_keeps_what_is_not_the_output_of_a_demo(names: list[str], tmp_path: Path) -> None:
     """Without names the output is a file."""
     output = tmp_path / "mine"
     if not names:
@@ -67,15 +63,15 @@ def test_overwrite_keeps_what_is_not_the_output_of_a_demo(
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("{}")
     before = contents(tmp_path)
-    assert_refused(capsys, [*TINY, "--output", str(output)], f"{output} exists; use another --output, or --overwrite")
+    assert_refused([*TINY, "--output", str(output)], f"{output} exists; use another --output, or --overwrite")
     said = f"timm-dgconv demo: {output} is not the output of a demo, so --overwrite does not replace it; use another "
-    assert_refused(capsys, [*TINY, "--output", str(output), "--overwrite"], said)
+    assert_refused([*TINY, "--output", str(output), "--overwrite"], said)
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1 + 1e-6, 0), (1.1, 2)], ids=["rounding", "another"])
 def test_other_outputs_of_the_reloaded_model_are_an_error(
-    factor: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    factor: float, status: int, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     def save(model: Any, folder: str, **kwargs: Any) -> None:
         with torch.no_grad():
@@ -99,8 +95,6 @@ def test_other_outputs_of_the_reloaded_model_are_an_error(
         (["--complexity-target", "0"], "complexity_target=0.0 must be a share"),
     ],
 )
-def test_wrong_options_are_named_in_one_line(
-    args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert_refused(capsys, [*TINY, "--output", str(tmp_path / "out"), *args], said)
+def test_wrong_options_are_named_in_one_line(args: list[str], said: str, tmp_path: Path) -> None:
+    assert_refused([*TINY, "--output", str(tmp_path / "out"), *args], said)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import Capture, Original, Patch
 from hub_server import HubServer, run_python
 from PIL import Image
 
@@ -63,16 +64,6 @@ for code in codes:
     outputs.append(output.getvalue())
 print(json.dumps(outputs))
 """
-SAME_OUTPUTS = """
-import timm, torch
-
-images = torch.randn(2, 3, 64, 64)
-for names in (("g_resnext50", "resnext50_32x4d.a1h_in1k"), ("g_resnet50", "resnet50.a1_in1k")):
-    models = [timm.create_model(name, pretrained=True).eval() for name in names]
-    with torch.inference_mode():
-        outputs, expected = (model(images) for model in models)
-    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +73,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         resnext = timm.create_model("resnext50_32x4d", zero_init_last=False)
         weights = safetensors.torch.save(resnext.state_dict())
         server.add_repo("timm/resnext50_32x4d.a1h_in1k", {"model.safetensors": weights})
-        resnet = timm.create_model("resnet50", zero_init_last=False)
-        server.add_repo("timm/resnet50.a1_in1k", {"model.safetensors": safetensors.torch.save(resnet.state_dict())})
         for name in ("g_resnext50.dgconv_in1k", "resnext50_32x4d.dgconv_in1k"):
             config = (ROOT / "hub_configs" / name / "config.json").read_bytes()
             server.add_repo(f"OWNER/{name}", {"config.json": config, "model.safetensors": weights})
@@ -91,9 +80,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def test_the_code_of_all_pages_runs(hub: dict[str, str], tmp_path: Path) -> None:
-    """Each page is one program. And `pretrained=True` computes the same as timm's ResNeXt and ResNet."""
+    """Each page is one program."""
     programs = ["\n".join(blocks(page, "python")) for page in PAGES if page != DEPLOY]
-    run_python(hub, RUN, [f"import os; os.chdir({str(tmp_path)!r})", *programs, SAME_OUTPUTS, ""])
+    run_python(hub, RUN, [f"import os; os.chdir({str(tmp_path)!r})", *programs, ""])
 
 
 def test_links_lead_to_files() -> None:
@@ -113,9 +102,7 @@ def test_the_code_of_a_model_card_prints_its_comments(name: str, hub: dict[str, 
         assert output.splitlines() == re.findall(r"#  (torch\.Size.*)", code)
 
 
-def test_our_commands_run_in_the_order_of_the_pages(
-    original: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_commands_run_in_the_order_of_the_pages(original: Original, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("g_resnext50.pth.tar").symlink_to(original[0])
     run_folder = Path("output/train/RUN")
@@ -159,7 +146,7 @@ for command in json.loads(sys.argv[2]):
     subprocess.run([sys.executable, "-c", code, SCRIPTS, json.dumps(scripts)], check=True)
 
 
-def test_benchmarks_have_the_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmarks_have_the_options(monkeypatch: Patch, capsys: Capture) -> None:
     found = [command for command in named("python", *PAGES, CONTRIBUTING) if "benchmarks/" in command]
     assert found
     for script, *args in (shlex.split(command)[1:] for command in found):

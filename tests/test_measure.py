@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_refused, layers
+from conftest import Capture, Patch, assert_refused, layers
 from torch import nn
 
 from timm_dgconv import cost_table, groupable
@@ -19,7 +19,7 @@ from timm_dgconv.measure import RUNTIMES, measure, write
 COMMAND = ["measure", "--model", "test_g_resnext", "--img-size", "64", "--rounds", "7"]
 
 
-def test_a_measured_table_is_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measured_table_is_a_target(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "costs.json"
     wide = ["--model-kwargs", "base_width=64"]  # groups of these layers are faster on a busy machine, too
     assert main([*COMMAND, "--out", str(path), *wide]) == 0
@@ -85,12 +85,10 @@ def test_every_runtime_is_measured(runtime: str) -> None:
     ],
     ids=str,
 )
-def test_wrong_arguments_are_one_line(
-    args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_arguments_are_one_line(args: list[str], said: str, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert_refused(capsys, [*COMMAND, "--out", "costs.json", *args], said)
+    assert_refused([*COMMAND, "--out", "costs.json", *args], said)
     assert not list(tmp_path.iterdir())
 
 
@@ -100,15 +98,13 @@ class Slow(nn.Module):
         return x
 
 
-def test_layers_that_take_longer_than_the_network_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_take_longer_than_the_network_are_refused(monkeypatch: Patch) -> None:
     monkeypatch.setattr("timm_dgconv.measure._deployed", lambda *args: Slow())
-    with pytest.raises(
-        RuntimeError, match=r"the layers alone took [\d.]+ ms and the whole network .*: the machine was"
-    ):
+    with pytest.raises(RuntimeError, match=r"layers alone took [\d.]+ ms and the whole network .*: the machine was"):
         measure(timm.create_model("test_g_resnext"), (3, 32, 32), rounds=2)
 
 
-def test_layers_that_take_a_little_longer_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_take_a_little_longer_are_scaled(monkeypatch: Patch) -> None:
     monkeypatch.setattr("timm_dgconv.measure._deployed", lambda *args: Slow())
     monkeypatch.setattr("timm_dgconv.measure._MOST", 1e9)
     model = timm.create_model("test_g_resnext")

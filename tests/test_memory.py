@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gates, trained
+from conftest import set_gates, trained
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -19,7 +19,6 @@ from timm_dgconv import compact, freeze_groups
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in /proc")
 
-slow = pytest.mark.slow
 STEERING = pytest.mark.parametrize("kwargs", [{}, {"complexity_target": 0.1}, {"sort": False}], ids=str)
 
 
@@ -45,9 +44,7 @@ def trainer(model: nn.Module) -> Callable[[], None]:
 
     def step() -> None:
         random = torch.Generator().manual_seed(next(count) % 16)
-        with torch.no_grad():
-            for gate in gates(model):
-                gate.copy_(gate.copysign(torch.randn(gate.shape, generator=random)))
+        set_gates(model, lambda gate: gate.copysign(torch.randn(gate.shape, generator=random)))
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
@@ -56,7 +53,7 @@ def trainer(model: nn.Module) -> Callable[[], None]:
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize(("warm_up", "steps"), [(60, 60), pytest.param(300, 700, marks=slow)])
+@pytest.mark.parametrize(("warm_up", "steps"), [(60, 60), pytest.param(100, 300, marks=pytest.mark.slow)])
 @STEERING
 def test_steps_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) -> None:
     step = trainer(trained(num_classes=5, **kwargs))
@@ -69,9 +66,8 @@ def test_steps_keep_no_memory(warm_up: int, steps: int, kwargs: dict[str, Any]) 
     assert len(gc.get_objects()) - objects < 200
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=slow)])
 @STEERING
-def test_networks_come_and_go(count: int, kwargs: dict[str, Any]) -> None:
+def test_networks_come_and_go(kwargs: dict[str, Any]) -> None:
     models: list[weakref.ref[nn.Module]] = []
 
     def once() -> None:
@@ -81,10 +77,10 @@ def test_networks_come_and_go(count: int, kwargs: dict[str, Any]) -> None:
             form(model)
         models.append(weakref.ref(model))
 
-    for _ in range(count // 4):
+    for _ in range(5):
         once()
     memory = resident()
-    for _ in range(count):
+    for _ in range(20):
         once()
     assert resident() - memory < 8
     assert not any(model() for model in models)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import assert_refused, layers
+from conftest import Capture, Patch, assert_refused, layers
 from torch import nn
 
 from timm_dgconv import DGConv2d, group_report, plots
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ("count", "suffix", "signature"), [(1, ".png", b"\x89PNG"), (1, ".svg", b"<?xml"), (3, ".pdf", b"%PDF")]
 )
 def test_a_plot_is_written_in_the_format_of_its_name(
-    run: list[str], count: int, suffix: str, signature: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: list[str], count: int, suffix: str, signature: bytes, tmp_path: Path, capsys: Capture
 ) -> None:
     path = tmp_path / f"groups{suffix}"
     path.write_bytes(b"is replaced")
@@ -53,9 +53,7 @@ def test_many_layers_and_checkpoints_are_drawn(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_missing_matplotlib_is_reported_before_a_checkpoint_is_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_matplotlib_is_reported_before_a_checkpoint_is_read(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = "timm-dgconv inspect: plots need matplotlib: pip install 'timm-dgconv[plot]'\n"
-    assert_refused(capsys, ["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"], said)
+    assert_refused(["inspect", "absent.pt", "--model", TINY, "--plot", "groups.png"], said)

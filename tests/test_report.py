@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import layers
+from conftest import layers, set_gates
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_dgconv
@@ -82,9 +83,7 @@ def test_counts_are_those_of_torch(name: str, size: tuple[int, int, int] | None,
 
 def test_the_table_and_the_dict_have_the_numbers() -> None:
     model = without_weights(TINY, num_classes=10, sort=False)
-    with torch.no_grad():
-        for conv in layers(model):
-            conv.gate.copy_(torch.tensor([-1.0, 1, -1, 1, 1][: len(conv.gate)]))
+    set_gates(model, lambda gate: torch.tensor([-1.0, 1, -1, 1, 1][: len(gate)]))
     report = group_report(model)
     assert str(report).splitlines()[:5] == [
         "test_g_resnext, input 3 x 160 x 160",
@@ -132,22 +131,11 @@ def test_measured_costs_are_in_the_report(tmp_path: Path) -> None:
         group_report(thirds, costs=str(path))
 
 
-class Wrapper(nn.Module):
-    """A wrapper like DistributedDataParallel."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
 def test_the_report_looks_into_wrappers() -> None:
     model = without_weights(TINY)
     expected = group_report(model)
-    assert group_report(Wrapper(model)) == expected
-    assert group_report(torch.compile(Wrapper(model))) == expected  # type: ignore[arg-type]
+    assert group_report(AveragedModel(model)) == expected
+    assert group_report(torch.compile(AveragedModel(model))) == expected  # type: ignore[arg-type]
     sequence = group_report(nn.Sequential(model, nn.Identity()))
     assert (sequence.learned, sequence.model) == (expected.learned, expected.model)
     assert [layer.name for layer in sequence.layers] == [f"0.{layer.name}" for layer in expected.layers]

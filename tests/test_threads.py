@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gates, trained
+from conftest import set_gates, trained
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
@@ -23,9 +23,7 @@ pytestmark = pytest.mark.timeout(2 * TIMEOUT)
 def network(**kwargs: Any) -> nn.Module:
     """A network whose gates are so close to zero that a few steps flip some."""
     model = trained(num_classes=5, **kwargs)
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.mul_(0.01)
+    set_gates(model, lambda gate: 0.01 * gate)
     return model
 
 

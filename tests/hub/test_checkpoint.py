@@ -14,11 +14,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import trained
+from conftest import assert_refused, trained
 from hypothesis import given
 from hypothesis import strategies as st
-
-from timm_dgconv.cli import main
 
 GATE, WEIGHT = "layer3.0.conv2.sorted_gate", "layer3.0.conv2.weight"
 
@@ -52,21 +50,14 @@ class Code:
         return os.system, (self.command,)
 
 
-def assert_refused(command: str, source: Path, said: str = "") -> None:
-    """The command exits with status 2 and one line that names the file, and writes nothing."""
-    options = ["--out", str(source.parent / "out")] if command == "convert" else []
+def assert_file_refused(command: str, source: Path, said: str = "") -> None:
+    """The command names the file in its error, and writes nothing."""
+    words = [command, str(source), "--model", "test_g_resnext.mine"]
+    words += ["--out", str(source.parent / "out")] if command == "convert" else []
     before = sorted(source.parent.iterdir())
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        assert main([command, str(source), "--model", "test_g_resnext.mine", *options]) == 2
-    error = err.getvalue()
-    assert error.startswith(f"timm-dgconv {command}: {source} ")
-    assert said in error
-    assert len(error.splitlines()) == 1
-    assert out.getvalue() == ""
+    assert_refused(words, f"timm-dgconv {command}: {source} ", said)
     assert sorted(source.parent.iterdir()) == before
 
-
-# Files without code.
 
 REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
     "empty": (".pth", lambda: b"", "is truncated or damaged"),
@@ -119,7 +110,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(kind: str, command: str
     suffix, contents, said = REFUSED[kind]
     source, data = tmp_path / f"source{suffix}", contents()
     source.write_bytes(data if isinstance(data, bytes) else saved(data))
-    assert_refused(command, source, said)
+    assert_file_refused(command, source, said)
 
 
 @pytest.mark.parametrize("form", [".safetensors", ".pth", ".pth.tar"])
@@ -134,12 +125,9 @@ def test_a_truncated_file_is_refused(form: str, tmp_path_factory: pytest.TempPat
     @given(st.integers(0, 300) | st.integers(len(data) - 300, len(data) - 1) | st.just(len(data) // 2))
     def check(length: int) -> None:
         source.write_bytes(data[:length])
-        assert_refused("inspect", source, "is truncated or damaged" if length == len(data) // 2 else "")
+        assert_file_refused("inspect", source, "is truncated or damaged" if length == len(data) // 2 else "")
 
     check()
-
-
-# Files with code.
 
 
 def pickles(marker: Path) -> dict[str, bytes]:
@@ -172,7 +160,7 @@ def test_no_code_runs(opcode: str, tmp_path: Path) -> None:
     pickled = pickles(marker)[opcode]
     for data in files_with(pickled):
         source.write_bytes(data)
-        assert_refused("inspect", source)
+        assert_file_refused("inspect", source)
     assert not marker.exists()
     with contextlib.suppress(pickle.UnpicklingError):  # the state of a Namespace is a dictionary
         pickle.loads(pickled)

@@ -5,7 +5,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import assert_refused, layers, outputs, trained
+from conftest import Capture, Patch, assert_refused, layers, outputs, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
@@ -28,6 +28,8 @@ TINY = "test_g_resnext.mine"
 TIMM = tuple(int(number) for number in re.findall(r"\d+", timm.__version__)[:3])
 LOADS_FOLDERS = TIMM >= (1, 0, 26)  # earlier versions read the safetensors file in a folder as a pickle
 RECORDS_ARGS = TIMM >= (1, 0, 31)  # in config.json
+
+compact_or_not = pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
 
 
 def load(folder: Path) -> nn.Module:
@@ -53,6 +55,11 @@ def train_checkpoint(model: nn.Module, **model_kwargs: Any) -> dict[str, Any]:
     return {"epoch": 3, "arch": "test_g_resnext", "state_dict": model.state_dict(), "args": args}
 
 
+def run_convert(source: Any, out: Path, compact: bool = False, model: str = TINY, options: Sequence[str] = ()) -> None:
+    options = [*options, "--compact"] if compact else options
+    assert main(["convert", str(source), "--model", model, "--out", str(out), *options]) == 0
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -72,14 +79,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
+@compact_or_not
 @pytest.mark.parametrize(
     "form",
     ["original.pth.tar", "original_2019.pth.tar", "train.pth.tar", "sorted_0_2.pth.tar", "bare.pt", "safetensors"],
 )
-def test_every_form_of_checkpoint_keeps_its_outputs(
-    form: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_form_of_checkpoint_keeps_its_outputs(form: str, compact: bool, tmp_path: Path, capsys: Capture) -> None:
     model = tiny(**{"sort": False} if "original" in form or form == "bare.pt" else {})
     source, out = tmp_path / "source" / f"checkpoint.{form.partition('.')[2] or form}", tmp_path / "out"
     source.parent.mkdir()
@@ -94,8 +99,7 @@ def test_every_form_of_checkpoint_keeps_its_outputs(
         torch.save(copy.deepcopy(model).to(memory_format=torch.channels_last).state_dict(), source)
     else:
         torch.save(original(model), source, _use_new_zipfile_serialization="2019" not in form)
-    options = ["--compact"] if compact else []
-    assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
+    run_convert(source, out, compact)
     assert names(tmp_path) == ["out", "source"]
     assert names(out) == ["README.md", "config.json", "groups.png", "model.safetensors"]
     first = model.layer1[0].conv2
@@ -123,7 +127,7 @@ def test_every_form_of_checkpoint_keeps_its_outputs(
 def converted(checkpoint: str) -> bytes:
     """The weights that convert writes."""
     folder = Path(checkpoint).with_name("converted")
-    assert main(["convert", checkpoint, "--model", TINY, "--out", str(folder)]) == 0
+    run_convert(checkpoint, folder)
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -155,9 +159,7 @@ WRAPPED: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "safetensors", *WRAPPED])
-def test_the_same_weights_in_another_file_are_converted_to_the_same_file(
-    kind: str, converted: bytes, tmp_path: Path
-) -> None:
+def test_the_same_weights_in_another_file_become_the_same_file(kind: str, converted: bytes, tmp_path: Path) -> None:
     source = tmp_path / "source.ckpt"
     if kind == "pytorch_model.bin":
         timm.models.save_for_hf(tiny(), source)
@@ -166,17 +168,16 @@ def test_the_same_weights_in_another_file_are_converted_to_the_same_file(
         safetensors.torch.save_file(tiny().state_dict(), source)
     else:
         torch.save(WRAPPED[kind](), source)
-    assert main(["convert", str(source), "--model", TINY, "--out", str(tmp_path / "out")]) == 0
+    run_convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == converted
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
-def test_a_network_without_a_classifier(compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@compact_or_not
+def test_a_network_without_a_classifier(compact: bool, tmp_path: Path) -> None:
     backbone, out = trained(num_classes=0).eval(), tmp_path / "out"
     torch.save({"state_dict": {f"encoder.{n}": v for n, v in backbone.state_dict().items()}}, tmp_path / "ssl.pth")
-    source, options = str(tmp_path / "ssl.pth"), ["--compact"] if compact else []
-    assert main(["convert", source, "--model", TINY, "--out", str(out), *options]) == 0
-    assert main(["inspect", source, "--model", "test_g_resnext"]) == 0
+    run_convert(tmp_path / "ssl.pth", out, compact)
+    assert main(["inspect", str(tmp_path / "ssl.pth"), "--model", "test_g_resnext"]) == 0
     assert main(["publish", str(out), "--repo", "owner/name", "--dry-run"]) == 0
     assert_close(outputs(load(out)), outputs(backbone), rtol=0, atol=1e-5 if compact else 0)
     card = (out / "README.md").read_text()
@@ -191,9 +192,8 @@ def test_labels_and_the_license_of_a_folder_are_kept(tmp_path: Path) -> None:
     config = json.loads(path.read_text()) | {"model_args": None}  # as transformers writes it
     config["pretrained_cfg"]["license"] = "apache-2.0"
     path.write_text(json.dumps(config))
-    for source, out, options in ("source", "plain", []), ("plain", "compact", ["--compact"]):
-        args = [str(tmp_path / source), "--model", TINY, "--out", str(tmp_path / out), *options]
-        assert main(["convert", *args]) == 0
+    for source, out in ("source", "plain"), ("plain", "compact"):
+        run_convert(tmp_path / source, tmp_path / out, out == "compact")
         written = json.loads((tmp_path / out / "config.json").read_text())
         assert {name: written[name] for name in labels} == labels
         assert load(tmp_path / out).pretrained_cfg["label_names"] == labels["label_names"]
@@ -204,7 +204,7 @@ def test_averaged_weights_can_be_left_out(tmp_path: Path) -> None:
     """And test_every_form_of_checkpoint_keeps_its_outputs takes them."""
     average, other, out = tiny(), another(), tmp_path / "out"
     torch.save({"model": other.state_dict(), "model_ema": average.state_dict()}, tmp_path / "both.pth")
-    assert main(["convert", str(tmp_path / "both.pth"), "--model", TINY, "--out", str(out), "--no-ema"]) == 0
+    run_convert(tmp_path / "both.pth", out, options=["--no-ema"])
     assert torch.equal(outputs(load(out)), outputs(other))
 
 
@@ -223,8 +223,6 @@ def test_an_average_above_the_target_of_its_training_is_named(unit: str, target:
         convert.convert(str(tmp_path / "last.pth.tar"), TINY, tmp_path / "average")
 
 
-# Trainings with arguments that change the network.
-
 STEM = dict(stem_type="deep", stem_width=8, avg_down=True)
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of the model, and `args.model_kwargs`
     "in_chans=1": (dict(in_chans=1), dict(complexity_target=1.0)),
@@ -235,17 +233,14 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of t
 }
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
+@compact_or_not
 @pytest.mark.parametrize("network", NETWORKS)
-def test_arguments_of_the_network_are_kept(
-    network: str, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arguments_of_the_network_are_kept(network: str, compact: bool, tmp_path: Path, capsys: Capture) -> None:
     kwargs, stored = NETWORKS[network]
     model = trained(num_classes=7, **kwargs).eval()
     source, out = tmp_path / "last.pth.tar", tmp_path / "out"
     torch.save(train_checkpoint(model, **stored), source)
-    options = ["--compact"] if compact else []
-    assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
+    run_convert(source, out, compact)
     tolerance = 1e-5 * outputs(model).abs().max().item() if compact else 0
     assert_close(outputs(load(out)), outputs(model), rtol=0, atol=tolerance)
     config = json.loads((out / "config.json").read_text())
@@ -272,30 +267,26 @@ def test_model_kwargs_override_the_checkpoint(tmp_path: Path) -> None:
     source, out = tmp_path / "last.pth.tar", tmp_path / "out"
     torch.save(train_checkpoint(model, **dict(STEM, stem_width=16)), source)
     options = ["--model-kwargs", *(f"{name}={value}" for name, value in STEM.items())]
-    assert main(["convert", str(source), "--model", TINY, "--out", str(out), *options]) == 0
+    run_convert(source, out, options=options)
     assert main(["inspect", str(source), "--model", "test_g_resnext", *options]) == 0
     assert torch.equal(outputs(load(out)), outputs(model))
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
-    [
-        (["nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
-        (["stem_type=deep", "stem_width=x"], "cannot be built with {'stem_type': 'deep', 'stem_width': 'x'}"),
-        (["sort=false"], "sort='false' is not a bool; use True or False"),
-        (["architecture=resnet18"], "cannot be built with {'architecture': 'resnet18'}"),
-        (["init_groups=7"], "init_groups=7 does not change the network of a checkpoint; leave it out"),
-        (["num_classes=x", "scriptable=3"], "num_classes=x, scriptable=3 does not change the network"),
-        (["stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
-    ],
-)
-@pytest.mark.parametrize("command", ["convert", "inspect"])
-def test_wrong_model_kwargs_are_named_in_one_line(
-    command: str, kwargs: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--model-kwargs", *kwargs, *(["--out", str(tmp_path / "out")] if command == "convert" else [])]
-    assert_refused(capsys, [command, checkpoint, "--model", TINY, *options], f"timm-dgconv {command}: ", said)
-    assert names(tmp_path) == []
+WRONG_KWARGS = [
+    (["nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
+    (["stem_type=deep", "stem_width=x"], "cannot be built with {'stem_type': 'deep', 'stem_width': 'x'}"),
+    (["sort=false"], "sort='false' is not a bool; use True or False"),
+    (["architecture=resnet18"], "cannot be built with {'architecture': 'resnet18'}"),
+    (["init_groups=7"], "init_groups=7 does not change the network of a checkpoint; leave it out"),
+    (["num_classes=x", "scriptable=3"], "num_classes=x, scriptable=3 does not change the network"),
+    (["stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "said"), WRONG_KWARGS)
+def test_wrong_model_kwargs_are_named_by_inspect(kwargs: list[str], said: str, checkpoint: str) -> None:
+    command = ["inspect", checkpoint, "--model", TINY, "--model-kwargs", *kwargs]
+    assert_refused(command, "timm-dgconv inspect: ", said)
 
 
 DATA = dict(mean=[0.3], std=[0.2], crop_pct=1.0, interpolation="bilinear")
@@ -307,9 +298,8 @@ def test_data_settings_of_the_training_are_kept(tmp_path: Path) -> None:
     checkpoint = train_checkpoint(model)
     vars(checkpoint["args"]).update(DATA, in_chans=1, img_size=48, input_size=None)
     torch.save(checkpoint, tmp_path / "last.pth.tar")
-    for source, out, options in ("last.pth.tar", "plain", []), ("plain", "compact", ["--compact"]):
-        args = [str(tmp_path / source), "--model", "g_resnet18.resnet_a1_in1k", "--out", str(tmp_path / out), *options]
-        assert main(["convert", *args]) == 0
+    for source, out in ("last.pth.tar", "plain"), ("plain", "compact"):
+        run_convert(tmp_path / source, tmp_path / out, out == "compact", "g_resnet18.resnet_a1_in1k")
         config = json.loads((tmp_path / out / "config.json").read_text())["pretrained_cfg"]
         assert config["input_size"] == [1, 48, 48]
         assert {name: config[name] for name in DATA} == DATA
@@ -320,27 +310,16 @@ def test_data_settings_of_the_training_are_kept(tmp_path: Path) -> None:
     assert_close(outputs(load(tmp_path / "compact")), outputs(model), rtol=0, atol=1e-5)
 
 
-# The baseline of the original release.
-
-
 def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    baseline = timm.create_model("resnext50_32x4d", zero_init_last=False).eval()
-    for module in baseline.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    baseline = trained("resnext50_32x4d", zero_init_last=False).eval()
     torch.save({"state_dict": {f"module.{k}": v for k, v in baseline.state_dict().items()}}, tmp_path / "b.pth.tar")
     out, expected = tmp_path / "out", outputs(baseline)
-    assert main(["convert", str(tmp_path / "b.pth.tar"), "--model", BASELINE, "--out", str(out)]) == 0
+    run_convert(tmp_path / "b.pth.tar", out, model=BASELINE)
     for name in ("README.md", "config.json") if RECORDS_ARGS else ("README.md",):
         assert (out / name).read_bytes() == (HUB_CONFIGS / BASELINE / name).read_bytes()
     assert type(load(out)).__module__ == "timm.models.resnet"
     assert torch.equal(outputs(load(out)), expected)
-    ours = timm.create_model("g_resnext50", checkpoint_path=out / "model.safetensors")
-    assert_close(outputs(ours), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-    args = ["--model", "g_resnext50.resnext_mine", "--out", str(tmp_path / "compact"), "--compact"]
-    assert main(["convert", str(out / "model.safetensors"), *args]) == 0
+    run_convert(out / "model.safetensors", tmp_path / "compact", True, "g_resnext50.resnext_mine")
     compact = safetensors.torch.load_file(tmp_path / "compact" / "model.safetensors")
     assert all(torch.equal(compact[name], value) for name, value in baseline.state_dict().items())
 
@@ -353,34 +332,29 @@ def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:
         (["--out", "HERE"], "exists; use a new folder for --out"),
         (["--out", "HERE/none/out"], "is not a folder; create it"),
         (["--model", BASELINE, "--compact"], "without --compact"),
-        (["--model-kwargs", "nonsense=1"], "test_g_resnext cannot be built with {'nonsense': 1}: "),
-        (["--model-kwargs", "stem_type=deep"], "is a checkpoint of another network than test_g_resnext: "),
+        *((["--model-kwargs", *kwargs], said) for kwargs, said in WRONG_KWARGS),
     ],
 )
-def test_wrong_options_are_named_in_one_line(
-    args: list[str], said: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_options_are_named_in_one_line(args: list[str], said: str, checkpoint: str, tmp_path: Path) -> None:
     options = ["--model", TINY, "--out", str(tmp_path / "out"), *(arg.replace("HERE", str(tmp_path)) for arg in args)]
-    assert_refused(capsys, ["convert", checkpoint, *options], "timm-dgconv convert: ", said)
+    assert_refused(["convert", checkpoint, *options], "timm-dgconv convert: ", said)
     assert names(tmp_path) == []
 
 
-def test_other_outputs_after_the_conversion_are_an_error(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(convert, "reload", lambda folder: another())
-    command = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
-    assert_refused(capsys, command, "the outputs of the reloaded model differ by")
-    assert names(tmp_path) == []
+def fail(folder: Path) -> None:
+    raise OSError("no space left on device")
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "said"),
+    [
+        ("reload", lambda folder: another(), "the outputs of the reloaded model differ by"),
+        ("list_files", fail, "timm-dgconv convert: no space left on device\n"),
+    ],
+)
 def test_a_failed_conversion_leaves_nothing(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, function: Any, said: str, checkpoint: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    def fail(folder: Path) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(convert, "list_files", fail)
-    command = ["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")]
-    assert_refused(capsys, command, "timm-dgconv convert: no space left on device\n")
+    monkeypatch.setattr(convert, name, function)
+    assert_refused(["convert", checkpoint, "--model", TINY, "--out", str(tmp_path / "out")], said)
     assert names(tmp_path) == []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_refused, layers, original_state_dict
+from conftest import Capture, Patch, assert_refused, original_state_dict, set_gates
 from torch import nn
 
 from timm_dgconv import compact, group_report
@@ -19,10 +19,9 @@ TINY = "test_g_resnext"
 
 def with_open_gates(seed: int, p: float = 0.5) -> nn.Module:
     """A model whose gates are open with probability p."""
+    torch.manual_seed(seed)
     model = timm.create_model(TINY, num_classes=10)
-    generator = torch.Generator().manual_seed(seed)
-    for conv in layers(model):
-        conv.gate.data = torch.where(torch.rand(conv.gate.shape, generator=generator) < p, 0.01, -0.01)
+    set_gates(model, lambda gate: torch.where(torch.rand_like(gate) < p, 0.01, -0.01))
     return model
 
 
@@ -41,12 +40,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return paths
 
 
-def inspected(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]]:
+def inspected(capsys: Capture, *args: str) -> list[dict[str, Any]]:
     assert main(["inspect", *args, "--model", TINY, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: Capture) -> None:
     """Of the original release, and in one file. test_convert.py inspects the other forms."""
     model, source = timm.create_model(TINY, num_classes=10), tmp_path / "original.pth"
     state_dict = original_state_dict(model, 7)
@@ -62,9 +61,7 @@ def test_a_checkpoint_has_the_report_of_its_model(tmp_path: Path, capsys: pytest
     assert {(layer["groups"] > 1, layer["bits"]) for layer in found["layers"]} == {(True, None)}
 
 
-def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
-    run: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(run: list[str], capsys: Capture) -> None:
     reports = inspected(capsys, *reversed(run), "--no-ema")
     assert [report["epoch"] for report in reports] == [0, 4, 8]
     assert [report["source"] for report in reports] == run
@@ -97,16 +94,11 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(
     ],
 )
 def test_wrong_options_are_named_in_one_line(
-    args: list[str],
-    said: str,
-    run: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    args: list[str], said: str, run: list[str], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "HEAD" in args:
         torch.save(timm.create_model(TINY, num_classes=11).state_dict(), "HEAD")
     before = sorted(tmp_path.iterdir())
-    assert_refused(capsys, ["inspect", *(run[0] if arg == "RUN" else arg for arg in args)], said)
+    assert_refused(["inspect", *(run[0] if arg == "RUN" else arg for arg in args)], said)
     assert sorted(tmp_path.iterdir()) == before

@@ -63,17 +63,13 @@ def images(size: int = 32, count: int = 4) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def step(model: nn.Module, loss: Callable[[], Tensor], optimizer: Any = None) -> None:
+def step(model: nn.Module, loss: Callable[[], Tensor]) -> None:
     """Train one step, in which all gates have gradients and change."""
     before = [gate.detach().clone() for gate in gates(model)]
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     loss().backward()
     assert all(gate.grad is not None and gate.grad.count_nonzero() for gate in gates(model))
-    optimizer.step()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert not any(torch.equal(*pair) for pair in zip(gates(model), before, strict=True))
-
-
-# Segmentation.
 
 
 def segment(encoder: str, folder: Path) -> None:
@@ -97,9 +93,6 @@ def segment(encoder: str, folder: Path) -> None:
 @pytest.mark.parametrize("encoder", ["tu-g_resnext50", "tu-test_g_resnext"])
 def test_segmentation_models_trains_and_stores_a_unet(encoder: str, tmp_path: Path) -> None:
     alone(segment, encoder, tmp_path)
-
-
-# transformers.
 
 
 def write_with_transformers(folder: Path) -> Weights:
@@ -154,9 +147,6 @@ def use_as_backbone(folder: Path) -> None:
     model = TimmBackbone(TimmBackboneConfig(backbone="test_g_resnext", out_indices=[2, 4]))
     assert [tuple(feature.shape) for feature in model(images()).feature_maps] == [(4, 128, 4, 4), (4, 384, 1, 1)]
     gates(model)
-
-
-# Training loops.
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -282,9 +272,6 @@ def adapt_the_1x1_convolutions(folder: Path) -> None:
     assert_close(peft.PeftModel.from_pretrained(base(), folder)(images()), expected)
 
 
-# Features and explanations.
-
-
 def extract_features(folder: Path) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -319,8 +306,6 @@ PROGRAMS: dict[Callable[[Path], None], str] = {
 def test_a_library_works_with_the_models(program: Callable[[Path], None], tmp_path: Path) -> None:
     alone(program, tmp_path)
 
-
-# Deployment of the learnable, the compact and the deployed form.
 
 FORMS = ["learnable", "compact", "deployed"]
 

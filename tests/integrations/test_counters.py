@@ -8,6 +8,8 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_dgconv import compact, group_report
 
 SIZE = (3, 64, 64)
+BATCH = (1, *SIZE)
 PAGE = (Path(__file__).parents[2] / "docs" / "libraries.md").read_text(encoding="utf-8")
 INSTALLED = {found.name for found in distributions()}
 ROWS = re.findall(r"^\| (.+?) \| (\d\.\d\d) \| (\d\.\d\d) \| (\d\.\d\d) \|", PAGE, re.MULTILINE)
@@ -38,20 +41,20 @@ def learnable() -> nn.Module:
 
 def count_with_torch(model: nn.Module) -> float:
     with FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, *SIZE))
+        model(torch.randn(BATCH))
     return counter.get_total_flops() / 2
 
 
 def count_with_deepspeed(model: nn.Module) -> float:
     from deepspeed.profiling.flops_profiler import get_model_profile
 
-    return get_model_profile(model, (1, *SIZE), print_profile=False, as_string=False)[1]
+    return get_model_profile(model, BATCH, print_profile=False, as_string=False)[1]
 
 
 def count_with_calflops(model: nn.Module) -> float:
     from calflops import calculate_flops
 
-    return calculate_flops(model, (1, *SIZE), print_results=False, output_as_string=False)[1]
+    return calculate_flops(model, BATCH, print_results=False, output_as_string=False)[1]
 
 
 def count_with_ptflops(model: nn.Module, backend: str = "pytorch") -> float:
@@ -60,45 +63,23 @@ def count_with_ptflops(model: nn.Module, backend: str = "pytorch") -> float:
     return get_model_complexity_info(model, SIZE, as_strings=False, print_per_layer_stat=False, backend=backend)[0]
 
 
-def count_with_ptflops_aten(model: nn.Module) -> float:
-    return count_with_ptflops(model, backend="aten")
-
-
 def count_with_thop(model: nn.Module) -> float:
     import thop
 
-    return thop.profile(model, (torch.randn(1, *SIZE),), verbose=False)[0]
-
-
-def count_with_fvcore(model: nn.Module) -> float:
-    from fvcore.nn import FlopCountAnalysis
-
-    return FlopCountAnalysis(model, torch.randn(1, *SIZE)).total()
-
-
-def count_with_torchinfo(model: nn.Module) -> float:
-    import torchinfo
-
-    return torchinfo.summary(model, (1, *SIZE), verbose=0).total_mult_adds
-
-
-def count_with_torchprofile(model: nn.Module) -> float:
-    from torchprofile import profile_macs
-
-    return profile_macs(model, torch.randn(1, *SIZE))
+    return thop.profile(model, (torch.randn(BATCH),), verbose=False)[0]
 
 
 COUNTERS: dict[str, tuple[str, Callable[[nn.Module], float]]] = {  # name in the table -> distribution and function
     "`FlopCounterMode` of torch": ("torch", count_with_torch),
     "DeepSpeed": ("deepspeed", count_with_deepspeed),
     "calflops": ("calflops", count_with_calflops),
-    'ptflops, `backend="aten"`': ("ptflops", count_with_ptflops_aten),
+    'ptflops, `backend="aten"`': ("ptflops", partial(count_with_ptflops, backend="aten")),
     "ptflops": ("ptflops", count_with_ptflops),
     "thop": ("thop", count_with_thop),
     "ultralytics-thop": ("ultralytics-thop", count_with_thop),
-    "fvcore": ("fvcore", count_with_fvcore),
-    "torchinfo": ("torchinfo", count_with_torchinfo),
-    "torchprofile": ("torchprofile", count_with_torchprofile),
+    "fvcore": ("fvcore", lambda net: import_module("fvcore.nn").FlopCountAnalysis(net, torch.randn(BATCH)).total()),
+    "torchinfo": ("torchinfo", lambda net: import_module("torchinfo").summary(net, BATCH, verbose=0).total_mult_adds),
+    "torchprofile": ("torchprofile", lambda net: import_module("torchprofile").profile_macs(net, torch.randn(BATCH))),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import trained
+from conftest import Patch, trained
 from test_docs import deploy_programs
 from timm.utils import reparameterize_model
 from torch import nn
@@ -58,14 +58,13 @@ def groups(model: nn.Module) -> list[int]:
 
 
 @pytest.fixture
-def runtimes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
+def runtimes(monkeypatch: Patch) -> dict[str, Callable[..., Any]]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     return importlib.import_module("runtimes").RUNTIMES
 
 
-def cases(which: dict[str, Any] | list[str]) -> list[Any]:
-    found = {name: DISTRIBUTIONS[name] for name in which}
-    return [pytest.param(name, marks=pytest.mark.client(client), id=name) for name, client in found.items()]
+def cases(distributions: dict[str, str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.client(client), id=name) for name, client in distributions.items()]
 
 
 @pytest.mark.parametrize("which", list(NETWORKS))
@@ -82,7 +81,9 @@ def test_a_tool_computes_the_same(
     assert_close(outputs, expected, rtol=0, atol=TOLERANCES.get(runtime, 1e-5) * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("runtime", cases(["executorch", "litert", "iree", "tvm"]))
+@pytest.mark.parametrize(
+    "runtime", cases({name: DISTRIBUTIONS[name] for name in ("executorch", "litert", "iree", "tvm")})
+)
 def test_an_error_names_an_operator_that_reads_gates(runtime: str, runtimes: dict[str, Callable[..., Any]]) -> None:
     with pytest.raises(Exception, match="__xor__" if runtime == "iree" else "signbit"):
         runtimes[runtime](network(), images())
@@ -169,21 +170,12 @@ def test_tvm_has_one_convolution_per_layer() -> None:
     assert [number for number in found if number > 1] == groups(model)
 
 
-@pytest.mark.parametrize(
-    "tool",
-    [
-        pytest.param(tool, marks=pytest.mark.client(client), id=tool)
-        for tool, client in {
-            "executorch": "executorch",
-            "litert_torch": "litert-torch",
-            "ncnn": "pnnx",
-            "coremltools": "coremltools",
-            "iree": "iree-turbine",
-            "tvm": "apache-tvm",
-        }.items()
-    ],
-)
-def test_the_program_of_the_page_computes_the_same(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+PROGRAMS = {name: DISTRIBUTIONS[name] for name in ("executorch", "ncnn", "iree", "tvm")}
+PROGRAMS |= {"litert_torch": "litert-torch", "coremltools": "coremltools"}
+
+
+@pytest.mark.parametrize("tool", cases(PROGRAMS))
+def test_the_program_of_the_page_computes_the_same(tool: str, monkeypatch: Patch) -> None:
     small = partial(timm.create_model, layers=(1, 1, 1, 1), channels=(32, 64, 64, 64), zero_init_last=False)
     monkeypatch.setattr(timm, "create_model", small)
     names: dict[str, Any] = {}

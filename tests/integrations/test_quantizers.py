@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import Patch
 from test_clients import FORMS, images, in_form
 from torch import Tensor, nn
 
@@ -195,7 +196,7 @@ def test_the_compact_form_takes_an_adapter(kind: str) -> None:
 
 
 @pytest.mark.client("ultralytics")
-def test_a_network_of_ultralytics_learns_groups_and_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_of_ultralytics_learns_groups_and_is_fused(monkeypatch: Patch) -> None:
     monkeypatch.setenv("YOLO_OFFLINE", "true")
     from ultralytics import YOLO
 

@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 import torch.distributed.fsdp
-from conftest import DEVICES, FORMS, gates, layers
+from conftest import DEVICES, FORMS, HAS_OPERATOR, Patch, gates, layers, set_gates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -33,9 +33,7 @@ def as_cuda() -> Iterator[None]:
 
 def near_zero(model: nn.Module) -> nn.Module:
     """Gates that a step of 0.02 flips."""
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -0.01, 0.01))
+    set_gates(model, lambda gate: torch.where(torch.rand_like(gate) < 0.5, -0.01, 0.01))
     return model.double().eval()
 
 
@@ -83,9 +81,6 @@ def flip(model: nn.Module) -> None:
         gate.data.neg_()
 
 
-# Sequences of events
-
-
 class Net(nn.Module):
     """Runs its layers in any order, and with activation checkpointing if it is told to."""
 
@@ -121,12 +116,6 @@ def step(optimizer: Callable[..., torch.optim.Optimizer], **kwargs: Any) -> Call
         optimizer(gates(model), lr=0.02, **kwargs).step()
 
     return change
-
-
-def in_place(model: nn.Module) -> None:
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.neg_()
 
 
 def numpy(model: nn.Module) -> None:
@@ -181,10 +170,10 @@ def inside(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "in place": in_place,
+    "in place": lambda model: set_gates(model, torch.neg),
     "data": flip,
     "numpy": numpy,
-    "inference mode": torch.inference_mode()(in_place),
+    "inference mode": torch.inference_mode()(lambda model: set_gates(model, torch.neg)),
     "SGD": step(torch.optim.SGD),
     "fused AdamW": step(torch.optim.AdamW, fused=True),
     "load": load,
@@ -253,11 +242,8 @@ def check_sequence(seed: int, sequence: list[Any]) -> None:
                 check_pass(model, x, *event[:-1])
 
 
-# Transfers
-
-
 @pytest.fixture
-def transfers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def transfers(monkeypatch: Patch) -> list[str]:
     """The readings of gates from a device, in eager mode."""
     found: list[str] = []
     read_gates, read_alone = autograd.read_gates, gate_reader.read_alone
@@ -315,12 +301,13 @@ def test_a_recomputation_has_one_transfer_per_layer(transfers: list[str]) -> Non
     assert transfers == ["pass"] + ["layer"] * len(layers(model))
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch compiles the masked dense form")
 @pytest.mark.parametrize("training", [False, True])
-def test_a_compiled_call_has_one_transfer(training: bool, transfers: list[str]) -> None:
+@pytest.mark.parametrize("name", ["network", "owners inside"])
+def test_a_network_compiles_once_and_a_call_has_one_transfer(name: str, training: bool, transfers: list[str]) -> None:
     torch._dynamo.reset()
-    model, x = network(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model, x = NETWORKS[name](), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.set_grad_enabled(training):
         for _ in range(2):
             compiled(x)
@@ -330,7 +317,8 @@ def test_a_compiled_call_has_one_transfer(training: bool, transfers: list[str]) 
             y = compiled(x)
             if training:
                 y.sum().backward()
-        assert [event.name for event in profile.function_events].count("timm_dgconv::read_gates") == 1
+        readings = [event.name for event in profile.function_events].count("timm_dgconv::read_gates")
+        assert readings == HAS_OPERATOR
         assert not transfers
         twin: Any = reference(model)
         assert_close(y, twin(x))
@@ -339,22 +327,11 @@ def test_a_compiled_call_has_one_transfer(training: bool, transfers: list[str]) 
             assert_close([p.grad for p in model.parameters()], list(wanted))
         model.zero_grad()
         flip(model)
-
-
-@pytest.mark.parametrize("make", [network, lambda: nets(0)[0]], ids=["network", "owners inside"])
-def test_a_network_is_compiled_once(make: Callable[[], nn.Module]) -> None:
-    torch._dynamo.reset()
-    model, backend = make(), CompileCounter()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    channels = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
-    for _ in range(3):
-        compiled(torch.randn(2, channels, 32, 32, dtype=torch.float64)).sum().backward()
-        flip(model)
     assert backend.frame_count == 1
 
 
 @pytest.mark.gpu
-def test_a_training_step_on_cuda_has_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_on_cuda_has_one_transfer(monkeypatch: Patch) -> None:
     monkeypatch.setattr(gate_reader, "READ_DIRECTLY", {"cpu"})
     model, x = network().float().cuda(), torch.randn(2, 3, 32, 32, device="cuda")
     for _ in range(2):
@@ -389,22 +366,12 @@ def test_gates_that_change_without_a_new_version_are_read(change: str, device: s
         assert all((gate.signbit() != bits).all() for gate, bits in zip(gates(model), before, strict=True))
 
 
-class Adapted(gate_reader.OneReading):
-    """An owner that runs its network with other parameters, as meta-learning does."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(self.net, parameters, (x,))
-
-
 def test_gates_that_are_exchanged_during_a_pass_are_read() -> None:
+    """As meta-learning does with torch.func.functional_call."""
     model, x = network(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    parameters = {name: -p.detach() if "gate" in name else p.detach() for name, p in model.named_parameters()}
-    y = Adapted(model)(x, parameters=parameters)
-    flip(model)
+    hook = model.conv1.register_forward_pre_hook(lambda *_: swap(model))
+    y = model(x)
+    hook.remove()
     assert_close(y, reference(model)(x))
 
 

@@ -12,11 +12,10 @@ import timm
 import timm.models
 import timm.optim
 import torch
-from conftest import forms, gates, jit_is_deprecated, layers
+from conftest import Original, forms, gates, jit_is_deprecated, layers
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.models._hub import save_config_for_hf
-from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.testing import assert_close
@@ -24,30 +23,10 @@ from torch.testing import assert_close
 from timm_dgconv import DGConv2d, compact, layer_groups
 from timm_dgconv.models.base_models import ARCHITECTURES, BASE_MODELS, family
 
-TINY = {"layers": (1, 1, 1, 1), "cardinality": 4, "base_width": 16, "channels": (16, 32, 48, 96)}  # test_g_resnext
-
 
 def create(**kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model("test_g_resnext", **{"zero_init_last": False, "num_classes": 10, **kwargs})
-
-
-def resnext(name: str | None = None, **kwargs: Any) -> nn.Module:
-    """One of timm's ResNeXts, or a ResNeXt like test_g_resnext, with statistics in its batch norms."""
-    torch.manual_seed(1)
-    if "densenet" not in (name or ""):
-        kwargs = {"zero_init_last": False, **kwargs}
-    model = timm.create_model(name, **kwargs) if name else ResNet(Bottleneck, **TINY, **kwargs)
-    model(torch.randn(4, 3, 64, 64))
-    return model.eval()
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 64)
-
-
-# Structure
 
 
 def test_timm_lists_all_models() -> None:
@@ -88,11 +67,7 @@ def test_a_model_is_its_base_model_with_dgconvs(name: str) -> None:
         (dict(init_groups=3), ValueError, ["groups=3 must be a power of two and at most 16"]),
         (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups=[4, 4, 4] must be one number", "4 layers"]),
         (dict(init_groups=4, groups=[1, 1, 1, 1]), ValueError, ["init_groups=4 needs gates", "groups=..."]),
-        (
-            dict(complexity_weight=0.1, freeze_groups=True),
-            ValueError,
-            ["needs gates that learn", "freeze_groups=True"],
-        ),
+        (dict(complexity_weight=0.1, freeze_groups=True), ValueError, ["needs gates that learn", "freeze_groups=True"]),
         (dict(complexity_weight=0.1, groups=[1, 1, 1, 1]), ValueError, ["needs gates that learn", "groups=..."]),
         (dict(complexity_target="resnext", pointwise=True), ValueError, ["'resnext' is for the 3x3", "number"]),
     ],
@@ -151,17 +126,14 @@ def test_models_are_built_on_a_device_and_in_a_dtype() -> None:
     assert model(torch.randn(2, 3, 64, 64, dtype=torch.float64)).dtype == torch.float64
 
 
-# Graphs, features, training
-
-
 @jit_is_deprecated
 @forms
-def test_graphs_compute_the_same(form: dict[str, Any], x: torch.Tensor) -> None:
+def test_graphs_compute_the_same(form: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 64, 64)
     scripted = torch.jit.script(create(**form)).train()  # as train.py --torchscript does
     scripted(x).sum().backward()
     model = create(**form).eval()
-    form = {"sort": True, "nested": True, **form}
-    assert {(conv.sort, conv.nested) for conv in layers(model)} == {(form["sort"], form["nested"])}
+    assert {(conv.sort, conv.nested) for conv in layers(model)} == {(form.get("sort", True), form.get("nested", True))}
     scripted.load_state_dict(model.state_dict())
     exported = torch.export.export(model, (x,)).module()
     for graph in (scripted.eval(), torch.jit.trace(model, x), torch.fx.symbolic_trace(model), exported):
@@ -183,13 +155,8 @@ def test_gates_do_not_decay_and_have_the_learning_rate_of_their_layer() -> None:
             assert gate.get("lr_scale") == weight.get("lr_scale")
 
 
-# Checkpoints of the original release
-
-
 @pytest.mark.parametrize("route", ["checkpoint_path", "overlay", "load_checkpoint", "resume_checkpoint"])
-def test_the_checkpoint_of_the_original_release_loads(
-    original: tuple[Path, torch.Tensor, torch.Tensor], route: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_original_checkpoint_loads(original: Original, route: str, caplog: pytest.LogCaptureFixture) -> None:
     file, x, logits = original
     if route == "checkpoint_path":  # and train.py --initial-checkpoint
         model = timm.create_model("g_resnext50", checkpoint_path=str(file))
@@ -205,9 +172,6 @@ def test_the_checkpoint_of_the_original_release_loads(
     assert not any(conv.sort for conv in layers(model))
 
 
-# Checkpoints of base models
-
-
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
@@ -218,8 +182,12 @@ def test_the_checkpoint_of_the_original_release_loads(
         pytest.param("g_resnext101", 32, marks=pytest.mark.slow),
     ],
 )
-def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Path, x: torch.Tensor) -> None:
-    fixed = resnext(BASE_MODELS[name])
+def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 64, 64)
+    fixed = timm.create_model(BASE_MODELS[name], **{} if "densenet" in name else {"zero_init_last": False})
+    fixed(torch.randn(4, 3, 64, 64))  # statistics in its batch norms
+    fixed.eval()
     save_file(fixed.state_dict(), tmp_path / "base.safetensors")
     model = timm.create_model(name, checkpoint_path=tmp_path / "base.safetensors").eval()
     assert set(layer_groups(model)) == {groups}
@@ -233,14 +201,11 @@ def test_a_model_computes_as_its_base_model(name: str, groups: int, tmp_path: Pa
 
 
 def test_loads_resnext_with_other_classes_and_channels(tmp_path: Path) -> None:
-    torch.save(resnext().state_dict(), tmp_path / "resnext.pth")
+    torch.save(create(groups=4, num_classes=1000).state_dict(), tmp_path / "resnext.pth")
     overlay = {"file": str(tmp_path / "resnext.pth")}
     model = timm.create_model("test_g_resnext", True, num_classes=3, in_chans=1, pretrained_cfg_overlay=overlay).eval()
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
     assert layer_groups(model) == [4, 4, 4, 4]
-
-
-# Tags
 
 
 @pytest.mark.parametrize("name", BASE_MODELS)

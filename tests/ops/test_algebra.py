@@ -72,9 +72,7 @@ def test_nan_gates_are_refused_on_the_host_and_visible_in_a_graph(form: tuple[bo
 
 
 @given(gate_values, st.integers(1, 3), st.integers(1, 3), forms)
-def test_complexity_is_the_number_of_connected_pairs(
-    values: list[float], q_out: int, q_in: int, form: tuple[bool, bool]
-) -> None:
+def test_complexity_counts_connections(values: list[float], q_out: int, q_in: int, form: tuple[bool, bool]) -> None:
     gate, num_codes = torch.tensor(values, requires_grad=True), 1 << len(values)
     channels = (q_out * num_codes, q_in * num_codes)
     pairs = algebra.complexity(gate, *channels, *form)
@@ -83,17 +81,6 @@ def test_complexity_is_the_number_of_connected_pairs(
     learning = {k for k in algebra.read_bits(values, *form).gates if k >= 0 and math.isfinite(values[k])}
     expected = [math.log(2) * pairs.item() if k in learning else 0.0 for k in range(len(values))]
     assert_close(grad, torch.tensor(expected))
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 3))
-def test_groups_are_ranges_in_the_order_of_channels(closed: list[bool], q_out: int, q_in: int) -> None:
-    gate, groups = torch.tensor([-1.0 if is_closed else 1.0 for is_closed in closed]), 1 << sum(closed)
-    out_channels, in_channels = (q << len(closed) for q in (q_out, q_in))
-    matrix = connectivity(gate, out_channels, in_channels, sort=False, nested=False)
-    matrix = matrix[algebra.channel_order(closed, out_channels)][:, algebra.channel_order(closed, in_channels)]
-    assert torch.equal(matrix, torch.block_diag(*[torch.ones(out_channels // groups, in_channels // groups)] * groups))
-    for nested in (True, False):
-        assert torch.equal(connectivity(gate, out_channels, in_channels, True, nested), matrix)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES, FORMS, conv_with, forms
+from conftest import DEVICES, FORMS, HAS_OPERATOR, Patch, attempt, conv_with, forms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,15 +22,12 @@ from timm_dgconv import DGConv2d, compact
 from timm_dgconv.ops import autograd, grouped
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
-HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
 
 
-def gradients(conv: DGConv2d, y: Tensor, x: Tensor) -> list[Tensor]:
-    grad_y = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape).to(y.device)
-    return [y, *torch.autograd.grad(y, [x, *conv.parameters()], grad_y)]
+def results(conv: DGConv2d, x: Tensor, create_graph: bool = False) -> list[Tensor]:
+    y = conv(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=create_graph)]
 
-
-# Random layers and inputs.
 
 GATES = [0.0, -0.0, math.inf, -math.inf, 1e-8, -1e-8, 0.5, -0.5, 1e30, -1e30, 5e-324, -5e-324, 1e-40, -1e-40]
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -89,14 +86,6 @@ def inputs(draw: st.DrawFn, conv: DGConv2d) -> Tensor:
     if draw(st.integers(0, 9)) == 0:
         return torch.randn(1, 1, *shape[2:], dtype=conv.weight.dtype).expand(shape)
     return ARRANGEMENTS[draw(arrangements)](torch.randn(shape, dtype=conv.weight.dtype))
-
-
-def attempt(function: Callable[[], Any]) -> Any:
-    """The result, or the type of the error."""
-    try:
-        return function()
-    except RuntimeError as error:
-        return type(error)
 
 
 @even_kernels
@@ -172,9 +161,6 @@ def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, da
     assert [grad.dtype for grad in grads] == [x.dtype, *(p.dtype for p in conv.parameters())]
 
 
-# Autograd
-
-
 @forms
 @pytest.mark.filterwarnings("error:timm_dgconv")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -194,30 +180,19 @@ def test_gradients_can_be_differentiated(compiled: bool, form: dict[str, Any]) -
     assert_close(penalty(layer, -1), expected, **EXACT)
 
 
-def grads_of(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
-    y = forward(inputs[0])
-    directions = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
-    if batched:
-        return torch.autograd.grad(y, inputs, directions, is_grads_batched=True)
-    rows = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
-    return tuple(torch.stack(grads) for grads in zip(*rows, strict=True))
-
-
-def jacobians(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
-    return jacobian(forward, inputs[0], vectorize=batched)
-
-
-def hessians(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], batched: bool) -> Any:
-    return hessian(lambda x: forward(x).sigmoid().sum(), inputs[0], vectorize=batched)
-
-
 @forms
-@pytest.mark.parametrize("derivatives", [grads_of, jacobians, hessians])
+@pytest.mark.parametrize("derivatives", [jacobian, hessian])
 def test_gradients_can_be_batched(derivatives: Callable[..., Any], form: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    conv = conv_with("010", 8, 8, dtype=torch.float64, **form)
-    inputs = [torch.randn(1, 8, 4, 4, dtype=torch.float64, requires_grad=True), *conv.parameters()]
-    assert_close(derivatives(conv, inputs, batched=True), derivatives(conv.masked_dense, inputs, batched=False))
+    conv = conv_with("010", 8, 8, 2, dtype=torch.float64, **form)
+    names, parameters = zip(*conv.named_parameters(), strict=True)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        y = torch.func.functional_call(conv, dict(zip(names, parameters, strict=True)), (x,))
+        return y.sigmoid().sum() if derivatives is hessian else y
+
+    inputs = (torch.randn(1, 8, 3, 3, dtype=torch.float64), *parameters)
+    assert_close(derivatives(function, inputs, vectorize=True), derivatives(function, inputs))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -267,15 +242,10 @@ def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, f
     """`torch.set_default_device("cuda")` in a script must not move what a layer on the CPU computes with."""
     conv = conv_with("1010", padding=1, dtype=torch.float64, **form)
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
-
-    def found() -> list[Tensor]:
-        y = conv(x)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], create_graph=create_graph)]
-
-    expected = found()
+    expected = results(conv, x, create_graph)
     torch.set_default_device("meta")
     try:
-        got, groups, small = found(), conv.num_groups, compact(conv)
+        got, groups, small = results(conv, x, create_graph), conv.num_groups, compact(conv)
     finally:
         torch.set_default_device(None)
     assert groups == 4
@@ -284,18 +254,13 @@ def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, f
 
 
 @forms
-def test_the_masked_dense_form_can_be_chosen_for_all_layers(
-    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_layers_can_compute_the_masked_dense_form(form: dict[str, Any], monkeypatch: Patch) -> None:
     conv = conv_with("1010", dtype=torch.float64, **form)
     x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
-    expected = gradients(conv, conv(x), x)
+    expected = results(conv, x)
     monkeypatch.setattr(autograd, "MASKED_DENSE", True)
     monkeypatch.setattr(grouped, "output", None)
-    assert_close(gradients(conv, conv(x), x), expected, **EXACT)
-
-
-# What the operator costs
+    assert_close(results(conv, x), expected, **EXACT)
 
 
 @forms
@@ -320,27 +285,20 @@ def test_counted_operations_are_those_of_the_group_convolution(closed: str, form
 
 
 @forms
-def test_all_counters_of_operations_see_the_group_convolution(
-    form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_counters_of_operations_see_the_group_convolution(form: dict[str, Any], monkeypatch: Patch) -> None:
     """Those that are a TorchDispatchMode see its operator. Others replace the function, and take no lists."""
     conv, x = conv_with("0110", padding=1, **form), torch.randn(2, 16, 5, 5)
-    with FlopCounterMode(display=False) as counter:
-        conv(x)
-    operators = list(counter.get_flop_counts()["Global"])
     calls: list[Any] = []
     function = nn.functional.conv2d
     monkeypatch.setattr(nn.functional, "conv2d", lambda *args: calls.append(args) or function(*args))
-    conv(x)
+    with FlopCounterMode(display=False) as counter:
+        conv(x)
     values, options = conv.gate.detach().double(), ([1, 1], [1, 1], [1, 1], conv.sort, conv.nested)
     with FlopCounterMode(display=False) as compiled:
         torch.ops.timm_dgconv.dgconv2d(x, conv.weight, conv.bias, conv.gate, values, *options)
-    assert operators == [torch.ops.aten.convolution]
+    assert list(counter.get_flop_counts()["Global"]) == [torch.ops.aten.convolution]
     assert [args[3:] for args in calls] == 2 * [((1, 1), (1, 1), (1, 1), 4)]
     assert compiled.get_total_flops() == counter.get_total_flops()
-
-
-# torch.compile, and the rules of operators
 
 
 @forms

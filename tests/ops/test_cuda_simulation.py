@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from timm_dgconv.ops import autograd
 from timm_dgconv.ops.grouped import in_format, is_channels_last
 
-ALL = (True, True, True)
 FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 
 
@@ -103,7 +102,7 @@ class Case(NamedTuple):
     weight_format: str = "channels_last"
     grad_format: str = "channels_last"
     form: tuple[bool, bool] = (True, True)
-    mask: tuple[bool, bool, bool] = ALL
+    mask: tuple[bool, bool, bool] = (True, True, True)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Input, weight and gates."""
@@ -141,8 +140,6 @@ def run(case: Case) -> tuple[Operators, Operators]:
     return forward, backward
 
 
-# Shapes, dtypes, devices and strides
-
 AXES: dict[str, list[Any]] = dict(
     channels=[(16, 32), (32, 16), (48, 16)],
     closed=["1100", "0101", "0011", "0000", "1111"],
@@ -171,9 +168,7 @@ def description(x: Tensor) -> tuple[Any, ...]:
 @pytest.mark.usefixtures("simulation")
 @pytest.mark.parametrize("number", [50, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("input_dtype", "weight_dtype"), DTYPES, ids=str)
-def test_results_are_as_the_fake_operators_say(
-    input_dtype: torch.dtype, weight_dtype: torch.dtype, number: int
-) -> None:
+def test_results_are_what_fake_operators_say(input_dtype: torch.dtype, weight_dtype: torch.dtype, number: int) -> None:
     generator = random.Random(f"{input_dtype} {weight_dtype}")
     columns = [generator.sample((values * number)[:number], number) for values in AXES.values()]
     for values in zip(*columns, strict=True):
@@ -188,9 +183,6 @@ def test_results_are_as_the_fake_operators_say(
         with Operators():
             grads = autograd._gradients(*args)
         assert list(map(description, grads)) == list(map(description, autograd._fake_gradients(*args))), case
-
-
-# Kernels
 
 
 @pytest.mark.usefixtures("simulation")
@@ -225,9 +217,6 @@ def test_nothing_comes_from_the_host_and_nothing_is_read(closed: str, form: tupl
         assert not any(tensor.is_cpu for tensor in operators.tensors)
         names = {func.overloadpacket for func, _, _ in operators.calls}
         assert not names & {torch.ops.aten.arange, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
-
-
-# CUDA graphs
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_dgconv.ops import autograd, grouped
-from timm_dgconv.ops.algebra import Bits, read_bits
+from timm_dgconv.ops.algebra import read_bits
 from timm_dgconv.ops.naive import connectivity, masked_conv2d
 
 FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
@@ -32,21 +32,11 @@ class Problem(NamedTuple):
     channels_last: bool
 
     @property
-    def bits(self) -> Bits:
-        return read_bits(self.gate, *self.form)
-
-    @property
     def channels(self) -> tuple[int, int]:
         return self.q_out << len(self.gate), self.q_in << len(self.gate)
 
     def random(self, *shape: int) -> Tensor:
         return grouped.in_format(torch.randn(shape, dtype=torch.float64), self.channels_last)
-
-    def weight(self) -> Tensor:
-        return self.random(*self.channels, *self.kernel_size)
-
-    def connectivity(self) -> Tensor:
-        return connectivity(torch.tensor(self.gate).double(), *self.channels, *self.form)[:, :, None, None]
 
 
 @st.composite
@@ -78,7 +68,8 @@ class Convolutions(TorchDispatchMode):
 
 def check(problem: Problem, width: int, device: str) -> None:
     gate = torch.tensor(problem.gate, dtype=torch.float64, requires_grad=True)
-    x, weight = problem.random(2, problem.channels[1], 5, 6).requires_grad_(), problem.weight().requires_grad_()
+    x = problem.random(2, problem.channels[1], 5, 6).requires_grad_()
+    weight = problem.random(*problem.channels, *problem.kernel_size).requires_grad_()
     y = masked_conv2d(x, weight, None, gate, *GEOMETRY, *problem.form)
     grad = problem.random(*y.shape)
     expected = torch.autograd.grad(y, [x, weight, gate], grad)
@@ -93,8 +84,9 @@ def check(problem: Problem, width: int, device: str) -> None:
             found = [tensor.cpu() for tensor in (output, *grads)[: 3 + needs_gate]]
             assert_close(found, [y.detach(), *expected[: 2 + needs_gate]], **EXACT)
             assert grads[1].stride() == weight.stride()
-            assert not found[2][(problem.connectivity() == 0).expand_as(weight)].any()
-            counted = grouped.weight_gradient_groups(weight, grad.dtype, problem.bits, needs_gate)
+            assert not found[2][connectivity(gate.cpu(), *problem.channels, *problem.form) == 0].any()
+            bits = read_bits(problem.gate, *problem.form)
+            counted = grouped.weight_gradient_groups(weight, grad.dtype, bits, needs_gate)
             assert sorted(convolutions.groups) == sorted(counted)
             assert len(counted) == 1 or not problem.form[1], "nested layers compute one convolution, of any width"
 

@@ -3,12 +3,13 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import forms, gates
+from conftest import HAS_OPERATOR, Patch, forms, gates, set_gates
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -27,9 +28,7 @@ def network(weight: float | None = WEIGHT, size: float = 0.5, **kwargs: Any) -> 
     torch.manual_seed(0)
     kwargs = {"num_classes": 3, "zero_init_last": False, "complexity_weight": weight, **kwargs}
     model = timm.create_model("test_g_resnext", **kwargs)
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.copy_(torch.where(torch.rand_like(gate) < 0.5, -size, size))
+    set_gates(model, lambda gate: torch.where(torch.rand_like(gate) < 0.5, -size, size))
     return model
 
 
@@ -52,22 +51,12 @@ def values(model: nn.Module) -> list[torch.Tensor]:
     return [gate.detach().clone() for gate in gates(model)]
 
 
-def set_gates(model: nn.Module, value: Callable[[torch.Tensor], torch.Tensor | float], grad: float = 0.0) -> None:
-    with torch.no_grad():
-        for gate in gates(model):
-            gate.copy_(torch.as_tensor(value(gate)))
-            gate.grad = torch.full_like(gate, grad) if grad else None
-
-
 def check_term(model: nn.Module, step: Callable[[], Any]) -> None:
     """A step of SGD without other gradients moves the gates by the term."""
     before, expected = values(model), gradient(model)
     step()
     for gate, start, term in zip(gates(model), before, expected, strict=True):
         assert_close(gate - start, -LR * WEIGHT * term)
-
-
-# Loops
 
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -96,12 +85,7 @@ def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer, named: bool
     optimizer.step(closure=closure) if named else optimizer.step(closure)
 
 
-def with_named_closure(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """As Lightning does."""
-    with_closure(model, optimizer, named=True)
-
-
-LOOPS = [plain, accumulated, scaled_and_clipped, with_closure, with_named_closure]
+LOOPS = [plain, accumulated, scaled_and_clipped, with_closure, partial(with_closure, named=True)]  # as Lightning does
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), LR),
     "fused": lambda model: torch.optim.SGD(model.parameters(), LR, fused=True),
@@ -112,9 +96,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @forms
-def test_a_step_adds_the_term_once_and_unscaled(
-    form: dict[str, bool], loop: Callable[[nn.Module, torch.optim.Optimizer], None], optimizer: str
-) -> None:
+def test_a_step_adds_the_term_once_and_unscaled(form: dict[str, bool], loop: Any, optimizer: str) -> None:
     steered, free = network(**form), network(0, **form)
     expected = gradient(steered)
     for model in (steered, free):
@@ -138,15 +120,14 @@ def test_every_step_has_the_term_once() -> None:
                 assert_close(gate.grad, before + WEIGHT * term)
 
 
-@pytest.mark.parametrize("target", [None, 0.1])
+@pytest.mark.parametrize("kwargs", [{}, {"complexity_target": 0.1}, {"gate_steps": 3}], ids=str)
 @pytest.mark.parametrize("opt", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_a_scaler_skips_leaves_nothing_behind(
-    opt: type[torch.optim.Optimizer], fused: bool, target: float | None
-) -> None:
+def test_a_step_that_a_scaler_skips_leaves_nothing_behind(opt: Any, fused: bool, kwargs: dict[str, Any]) -> None:
+    """It does not count as one of the gate_steps either."""
     ends = []
     for overflows in (False, True):
-        model = network(size=0.01, complexity_target=target)
+        model = network(size=0.01, **kwargs)
         optimizer = opt(model.parameters(), 0.02, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         for step in range(3):
@@ -166,14 +147,7 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind(
     assert_close(*ends, rtol=0, atol=0)
 
 
-# Models
-
-
-def pickled(module: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(module))
-
-
-@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, pickled])
+@pytest.mark.parametrize("copied", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 @pytest.mark.parametrize("kwargs", [{}, {"features_only": True}], ids=str)
 def test_copies_are_steered(copied: Callable[[nn.Module], nn.Module], kwargs: dict[str, Any]) -> None:
     """Also gates that the loss does not reach."""
@@ -216,9 +190,6 @@ def test_optimizers_without_gates_are_left_alone() -> None:
     assert all(gate.grad is None for gate in gates(model))
 
 
-# The target
-
-
 @forms
 @pytest.mark.parametrize("share", [0.1, 0.99, 1.0, 2.0])
 def test_the_term_acts_above_the_target(share: float, form: dict[str, bool]) -> None:
@@ -245,14 +216,15 @@ def test_target_is_held_by_layers_that_share_their_gates() -> None:
     model = nn.Sequential(DGConv2d(16, 16, 1), DGConv2d(16, 16, 1))
     model[1].sorted_gate = model[0].sorted_gate
     steer(model, 1e-6, 0.5)
-    set_gates(model, lambda gate: -0.5, grad=-1.0)
+    set_gates(model, lambda gate: -0.5)
+    model[0].gate.grad = torch.full((4,), -1.0)
     torch.optim.SGD(model.parameters(), 1.0).step()  # would open all
     assert complexity(model).item() <= 0.5 * 512
     assert_close(model[0].gate.abs(), torch.full((4,), 0.5))
 
 
 @pytest.mark.parametrize("target", [None, 0.02])
-def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: Patch) -> None:
     monkeypatch.setattr(gate_reader, "READ_DIRECTLY", set())  # as on CUDA
     model = nn.ModuleList(DGConv2d(64, 64, 1, bias=False) for _ in range(20))
     set_gates(model, lambda gate: 0.5 + torch.rand_like(gate))
@@ -272,9 +244,6 @@ def test_a_step_reads_all_gates_once_at_most(target: float | None, monkeypatch: 
         optimizer.step()
         assert calls == (["tolist"] if target else [])
         assert all(not torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
-
-
-# Bound and steps
 
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lookahead_momentum"])
@@ -323,7 +292,7 @@ def test_gates_that_stand_still_cost_what_frozen_gates_cost() -> None:
     assert flops() == settled < learning
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch compiles the masked dense form")
+@pytest.mark.skipif(not HAS_OPERATOR, reason="torch compiles the masked dense form")
 def test_compiled_networks_learn_until_their_gates_stand_still() -> None:
     torch._dynamo.reset()
     model, compiles = network(gate_steps=2), CompileCounter()
