@@ -55,7 +55,7 @@ NETS: dict[str, dict[str, Any]] = {
     "g_resnext50": dict(layers=(2, 2, 2, 2), channels=(16, 16, 32, 64)),  # 3x3 layers of 32, 32, 64 and 128 channels
     "g_resnet18": dict(channels=(32, 64, 128, 256)),
 }
-TARGET, SETTLED = object(), object()
+TARGET, SETTLED, SETTLED_EARLY = object(), object(), object()
 BOUNDED, STEPS = dict(gate_bound=0.05), dict(gate_steps=SETTLED)
 LEARNED: dict[str, dict[str, Any]] = {
     "held": dict(complexity_target=TARGET),
@@ -75,7 +75,11 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 """The forms of gates, with arguments of `timm.create_model`. Each is trained as "held, settled"."""
 MACS: dict[str, Any] = LEARNED["held, settled"] | dict(complexity_unit="macs")
-COSTS: dict[str, dict[str, Any]] = {"learned": MACS, "learned, 1x1 too": MACS | dict(pointwise=True)}
+COSTS: dict[str, dict[str, Any]] = {
+    "learned": MACS,
+    "learned, settled early": MACS | dict(gate_steps=SETTLED_EARLY),
+    "learned, 1x1 too": MACS | dict(pointwise=True),
+}
 """Variants with a target in multiply-adds, with arguments of `timm.create_model`."""
 PRUNED_FIRST = "pruned, then learned"
 """This variant is pruned to the square root of its share, and learns groups to reach its share."""
@@ -140,7 +144,7 @@ def cost_runs(model: str, seeds: Sequence[int]) -> list[Run]:
     """Return the runs at equal multiply-adds, which are a share of the dense network's."""
     result = [Run(model, "scratch", "dense", 1.0, seed) for seed in seeds]
     for seed, share in itertools.product(seeds, (1 / 2, 3 / 4)):
-        names = ["learned", "pruned to the target", PRUNED_FIRST]
+        names = ["learned", "learned, settled early", "pruned to the target", PRUNED_FIRST]
         if model == "g_resnext50":  # its 1x1 convolutions have half of the multiply-adds
             names += ["learned, 1x1 too", "fixed"]
         result += [Run(model, "dense", name, share, seed) for name in names]
@@ -157,7 +161,7 @@ def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
         steps: Number of optimizer steps of the run.
     """
     random_seed(run.seed)
-    values = {TARGET: run.target, SETTLED: round(SETTLE * steps)}
+    values = {TARGET: run.target, SETTLED: round(SETTLE * steps), SETTLED_EARLY: round(SETTLE * steps / 3)}
     kwargs = {key: values.get(value, value) for key, value in ARGS.get(run.variant, {}).items()}
     kwargs |= NETS[run.model]
     model = timm.create_model(run.model, in_chans=1, num_classes=10, pretrained_cfg_overlay=DATA, **kwargs)
