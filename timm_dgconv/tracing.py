@@ -28,11 +28,12 @@ class Trace(NamedTuple):
 
 
 def unwrap(model: Any) -> nn.Module:
-    """Return the network inside of wrappers such as DistributedDataParallel: `module`, the only child of a wrapper."""
+    """Return the network inside of wrappers such as DistributedDataParallel. A wrapper has no other child."""
     if not isinstance(model, nn.Module):  # timm's first ModelEma
         return unwrap(model.ema)
-    inner = getattr(model, "module", None)
-    return unwrap(inner) if [*model.children()] == [inner] else model
+    children = [*model.children()]
+    wrapped = [getattr(model, name, None) for name in ("module", "_orig_mod")]
+    return unwrap(children[0]) if len(children) == 1 and children[0] in wrapped else model
 
 
 def setting(model: nn.Module, key: str) -> Any:

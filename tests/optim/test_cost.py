@@ -308,7 +308,8 @@ class Wrapper(nn.Module):
 def test_wrappers_cost_what_is_in_them() -> None:
     model, head = Wrapper(), Wrapper(nn.Linear(96, 1000))
     dense = cost_table(model.module, "macs", SIZE).dense
-    for wrapper in (model, nn.DataParallel(model.module), ModelEmaV3(model), AveragedModel(model)):
+    wrappers = (nn.DataParallel(model.module), ModelEmaV3(model), AveragedModel(model), torch.compile(model))
+    for wrapper in (model, *wrappers):
         assert cost_table(wrapper, "macs", SIZE).dense == dense
     assert cost_table(head, "macs", SIZE).dense == dense + 96 * 1000
     assert len(cost_table(head, "macs", SIZE).tables) == len(named_layers(head))
