@@ -86,7 +86,7 @@ PRUNED_FIRST = "pruned, then learned"
 ARGS = LEARNED | {name: LEARNED["held, settled"] | form for name, form in FORMS.items()} | COSTS
 """Arguments of `timm.create_model` for all variants with gates that learn."""
 COMPARED = ["fixed", "random", "held", "paper"]
-PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4, "pruned to the target": TARGET}
+PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4, "pruned to the target": TARGET, "pruned to multiples of 8": TARGET}
 """Variants that are pruned, with their share of the dense network's multiply-adds. None is the share of "fixed"."""
 VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in ARGS if name not in COMPARED), PRUNED_FIRST]
 PROGRAMS = [(name, batch_size) for name in ("eager", "onnxruntime") for batch_size in (1, 16)]
@@ -144,7 +144,7 @@ def cost_runs(model: str, seeds: Sequence[int]) -> list[Run]:
     """Return the runs at equal multiply-adds, which are a share of the dense network's."""
     result = [Run(model, "scratch", "dense", 1.0, seed) for seed in seeds]
     for seed, share in itertools.product(seeds, (1 / 2, 3 / 4)):
-        names = ["learned", "learned, settled early", "pruned to the target", PRUNED_FIRST]
+        names = ["learned", "learned, settled early", "pruned to the target", "pruned to multiples of 8", PRUNED_FIRST]
         if model == "g_resnext50":  # its 1x1 convolutions have half of the multiply-adds
             names += ["learned, 1x1 too", "fixed"]
         result += [Run(model, "dense", name, share, seed) for name in names]
@@ -234,7 +234,7 @@ def prune(model: nn.Module, run: Run) -> nn.Module:
             importance,
             pruning_ratio=ratio,
             global_pruning=False,
-            round_to=4 if run.variant == PRUNED_FIRST else None,
+            round_to={PRUNED_FIRST: 4, "pruned to multiples of 8": 8}.get(run.variant),
             ignored_layers=[result.fc],
         ).step()
         return multiply_adds(result), result
@@ -421,7 +421,7 @@ def plot(rows: list[bench.Row], path: Path) -> None:
     colors = {variant: f"C{n}" for n, variant in enumerate(VARIANTS)}
     titles = {"scratch": "from scratch", "dense": "from a trained dense network"}
     for (start, title), (accuracy, groups) in zip(titles.items(), axes.T, strict=False):
-        for variant, marker in zip(["dense", *COMPARED, *PRUNED], "*sxo^PPP", strict=True):
+        for variant, marker in zip(["dense", *COMPARED, *PRUNED], "*sxo^PPPP", strict=True):
             found = [found for target in targets if (found := select(rows, start, variant, target))]
             if not found:
                 continue
