@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
-from timm_dgconv import DGConv2d, group_report, layer_groups
+from timm_dgconv import DGConv2d, compact, group_report, layer_groups
 from timm_dgconv.cli import main
 from timm_dgconv.hub import convert
 from timm_dgconv.hub.model import BASELINE
@@ -221,6 +221,10 @@ def test_an_average_above_the_target_of_its_training_is_named(unit: str, target:
     convert.convert(str(tmp_path / "last.pth.tar"), TINY, tmp_path / "trained", use_ema=False)
     with pytest.warns(UserWarning, match=rf"costs 1.000 of the dense network's {unit}, .*complexity_target=0\.\d+;"):
         convert.convert(str(tmp_path / "last.pth.tar"), TINY, tmp_path / "average")
+    torch.save({**checkpoint, "state_dict_ema": compact(model).state_dict()}, tmp_path / "fixed.pth.tar")
+    convert.convert(
+        str(tmp_path / "fixed.pth.tar"), TINY, tmp_path / "fixed", model_kwargs=dict(groups=layer_groups(model))
+    )
 
 
 STEM = dict(stem_type="deep", stem_width=8, avg_down=True)

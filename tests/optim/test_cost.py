@@ -293,6 +293,13 @@ def test_a_target_is_a_share_of_the_features_that_are_left(unit: str) -> None:
     assert layers(model)[0].steered.steering.cost == cost
 
 
+def test_another_pretrained_cfg_does_not_start_again() -> None:
+    model: Any = timm.create_model("test_g_resnext", complexity_target=0.95, complexity_unit="macs", gate_steps=8)
+    steering = layers(model)[0].steered.steering
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    assert layers(model)[0].steered.steering is steering
+
+
 class Wrapper(nn.Module):
     """A network in an attribute `module`, with or without something after it."""
 

@@ -167,7 +167,8 @@ class Checkpoint:
         """Warn if the loaded model costs more than the target of its training, as an average of models may."""
         unit = self.target.get("complexity_unit", "connections")
         is_known = unit in ("connections", "macs") or Path(unit).is_file()
-        if self.target.get("complexity_target") is None or not is_known:
+        has_gates = any(isinstance(module, DGConv2d) for module in model.modules())
+        if self.target.get("complexity_target") is None or not is_known or not has_gates:
             return
         steered: Any = self._create(**self.target)
         steered.load_state_dict(model.state_dict())

@@ -152,8 +152,10 @@ class GroupNet(OneReading):
         if name == _compat.MODEL_ARGS:
             value = {key: argument for key, argument in value.items() if key not in TRAINING_ARGS}
         super().__setattr__(name, value)
-        if name == "pretrained_cfg" and vars(self).get("_steers", {}).get("unit") == "macs":
-            self._steer(**self._steers)
+        steers = vars(self).get("_steers", {})
+        if name == "pretrained_cfg" and steers.get("unit") == "macs" and steers["input_size"] is None:
+            steers["input_size"] = image_size(self, None)
+            self._steer(**steers)
 
 
 class GroupFeatureListNet(OneReading, FeatureListNet):
@@ -164,9 +166,7 @@ class GroupFeatureListNet(OneReading, FeatureListNet):
         self.cardinality = getattr(model, "cardinality", 1)
         self.group_convs, self.pointwise = model.group_convs, model.pointwise
         steers: Any = getattr(model, "_steers", None)
-        if steers:  # the share of the network that `out_indices` leave
-            if steers["unit"] == "macs":
-                steers = {**steers, "input_size": image_size(model, steers["input_size"])}
+        if steers:  # the target is a share of the network that `out_indices` leave
             self._steer(**steers)
 
     learns_groups, _steer = GroupNet.learns_groups, GroupNet._steer
