@@ -135,7 +135,7 @@ def runs(model: str, seeds: Sequence[int], quick: bool) -> list[Run]:
 def form_runs(model: str, seeds: Sequence[int], targets: Sequence[float], optimizers: Sequence[str]) -> list[Run]:
     """Return the runs that compare the forms of gates, the most important ones first."""
     result = [Run(model, "scratch", "dense", 1.0, seed, optimizer) for optimizer in optimizers for seed in seeds]
-    for optimizer, target, start in itertools.product(optimizers, targets, ("dense", "scratch")):
+    for start, optimizer, target in itertools.product(("dense", "scratch"), optimizers, targets):
         result += [Run(model, start, name, target, seed, optimizer) for seed in seeds for name in FORMS]
     return result
 
