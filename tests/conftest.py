@@ -51,7 +51,8 @@ torch.jit._builtins._register_builtin = keep_and_register
 DATA = Path(__file__).parent / "data"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HAS_OPERATOR = hasattr(torch.compiler, "is_exporting")  # before, torch.compile gets the masked dense form
-FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]  # of a layer
+FORMS: list[dict[str, Any]] = [{}, {"nested": False}, {"sort": False}]  # arguments of a layer
+SORT_NESTED = [(True, True), (True, False), (False, False)]  # the same for the operator
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch  # types of fixtures
 forms = pytest.mark.parametrize("form", FORMS, ids=str)

@@ -136,11 +136,3 @@ def test_a_dry_run_of_the_gpu_benchmark_measures_everything_right(bench: Any, tm
     assert "| networks | passed |" in summary
     assert "set TIMM_SCRIPTS_DIR" in summary
     assert "| test_g_resnext | learnable | train |" in summary
-
-
-def test_the_gpu_benchmark_asks_for_a_dry_run_without_a_gpu(bench: Any, monkeypatch: Patch, capsys: Capture) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module("gpu").main(["networks"])
-    assert stop.value.code == 2
-    assert "--dry-run" in capsys.readouterr().err

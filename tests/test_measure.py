@@ -72,7 +72,10 @@ def test_every_runtime_is_measured(runtime: str) -> None:
         (["--runtime", "tflite"], "runtime 'tflite' is not one of eager, compile, onnxruntime, openvino"),
         (["--runtime", "openvino", "--device", "cuda"], "openvino is measured on a CPU and not on cuda"),
         (["--runtime", "onnxruntime"], "onnxruntime needs onnxruntime; use pip install 'timm-dgconv[measure]'"),
-        (["--device", "meta"], "device 'meta' cannot be measured; use cpu or cuda"),
+        *(
+            (["--device", device], f"device '{device}' cannot be measured; use cpu or cuda")
+            for device in ("meta", "no")
+        ),
         (["--batch-size", "0"], "batch_size=0 is not a number of at least 1"),
         (["--rounds", "1"], "rounds=1 is not a number of at least 2"),
         (["--img-size", "0"], "--img-size 0 is not a number of at least 1"),

@@ -18,23 +18,15 @@ from timm_dgconv import DGConv2d, compact, group_report, layer_groups
 nan_gates_raise = pytest.raises(RuntimeError, match=r"gates of a DGConv2d are nan: .*diverged")
 
 
-def detached(conv: DGConv2d) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in conv.named_parameters()}
-
-
 def loss(conv: DGConv2d, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     return torch.func.functional_call(conv, parameters, (x,)).square().sum()
 
 
 EAGER: dict[str, Callable[[DGConv2d, Tensor], Any]] = {
     "forward": lambda conv, x: conv(x),
-    "no_grad": lambda conv, x: torch.no_grad()(conv)(x),
-    "inference_mode": lambda conv, x: torch.inference_mode()(conv)(x),
-    "grad": lambda conv, x: torch.func.grad(loss, 1)(conv, detached(conv), x),
+    "grad": lambda conv, x: torch.func.grad(loss, 1)(conv, dict(conv.named_parameters()), x),
     "vmap": lambda conv, x: torch.func.vmap(conv)(x.unsqueeze(1)),
     "jvp": lambda conv, x: torch.func.jvp(conv, (x,), (x,)),
-    "hessian": lambda conv, x: torch.func.hessian(lambda x: loss(conv, detached(conv), x))(x[:1, :, :3, :3]),
-    "num_groups": lambda conv, x: conv.num_groups,
     "group_report": lambda conv, x: group_report(conv, (16, 5, 5)),
 }
 
@@ -57,28 +49,23 @@ def test_models_with_nan_gates_load_and_are_not_converted() -> None:
     state_dict["layer3.0.conv2.sorted_gate"][2] = math.nan
     model = timm.create_model("test_g_resnext")
     model.load_state_dict(state_dict)
-    for form in (compact, layer_groups, timm.utils.reparameterize_model, group_report):
+    for form in (compact, layer_groups, timm.utils.reparameterize_model):
         with nan_gates_raise:
             form(model)
-    with nan_gates_raise:
-        model(torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kwargs", [{}, {"sort": False, "complexity_weight": 0.1}, {"complexity_target": 0.1}], ids=str)
-def test_a_diverged_training_is_noticed(kwargs: dict[str, Any], compiled: bool) -> None:
-    model = trained(num_classes=3, **kwargs)
+def test_a_diverged_training_is_noticed(compiled: bool) -> None:
+    model = trained(num_classes=3, complexity_target=0.1)
     run: Any = torch.compile(model, backend="aot_eager") if compiled else model
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    (run(torch.randn(2, 3, 32, 32)).sum() * math.inf).backward()
-    optimizer.step()
-    assert torch.cat(gates(model)).isnan().any()
     x = torch.randn(2, 3, 32, 32)
+    (run(x).sum() * math.inf).backward()
+    for _ in range(2):
+        optimizer.step()  # steering must not fail
+    assert torch.cat(gates(model)).isnan().any()
     if compiled and not HAS_OPERATOR:
         assert run(x).isnan().all()
     else:
         with nan_gates_raise:
             run(x)
-    optimizer.step()  # steering must not fail
-    with nan_gates_raise:
-        model(x)

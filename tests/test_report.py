@@ -199,7 +199,7 @@ def test_the_model_does_not_change() -> None:
 @pytest.mark.parametrize(
     ("model", "size", "error", "named"),
     [
-        (nn.Conv2d(4, 4, 1), None, ValueError, ["Conv2d has no DGConv2d", "timm.create_model"]),
+        (nn.Conv2d(4, 4, 1), None, ValueError, ["Conv2d has no DGConv2d", "timm_dgconv.groupable"]),
         (nn.Sequential(DGConv2d(4, 4, 1)), None, ValueError, ["Sequential has no pretrained_cfg", "input_size="]),
         (nn.Sequential(DGConv2d(4, 4, 1)), (3, 8, 8), ValueError, ["does not run on an image of 3 x 8 x 8", "size"]),
         (nn.Sequential(DGConv2d(4, 4, 1)), (4, 8), ValueError, ["(4, 8)", "(channels, height, width)"]),

@@ -1,18 +1,13 @@
 """One model in many threads, and many models in as many threads."""
 
 import copy
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from conftest import set_gates, trained
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
-
-from timm_dgconv import compact
 
 THREADS = 8
 TIMEOUT = 120  # seconds, for a thread that waits for ever
@@ -40,35 +35,13 @@ def train(model: nn.Module, seed: int, steps: int = 6) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("gate_reads")
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
-def test_threads_infer_while_copies_are_made(mode: Callable[[], torch.inference_mode]) -> None:
-    model = network().eval()
-    inputs = [torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(n)) for n in range(THREADS)]
-    with mode():
-        expected = [model(x) for x in inputs]
-    done = threading.Event()
-
-    def infer(n: int) -> bool:
-        with mode():
-            return all(torch.equal(model(inputs[n]), expected[n]) for _ in range(25))
-
-    def copies() -> int:
-        made = 0
-        while not done.is_set() or not made:
-            for form in (reparameterize_model, compact, copy.deepcopy):
-                with torch.no_grad():
-                    torch.testing.assert_close(form(model)(inputs[0]), expected[0], rtol=1e-4, atol=1e-4)
-                made += 1
-        return made
-
-    with ThreadPoolExecutor(THREADS + 1) as pool:
-        copying = pool.submit(copies)
-        try:
-            results = list(pool.map(infer, range(THREADS), timeout=TIMEOUT))
-        finally:
-            done.set()
-        assert copying.result(timeout=TIMEOUT) >= 3
-    assert results == [True] * THREADS
+def test_threads_share_a_model() -> None:
+    model, x = network().eval(), torch.randn(THREADS, 1, 3, 32, 32)
+    with torch.no_grad():
+        expected = [model(image) for image in x]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(model, x, timeout=TIMEOUT), expected))
 
 
 @pytest.mark.usefixtures("gate_reads")

@@ -18,6 +18,12 @@ from torch.optim import Optimizer
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The attributes of a module that hold its hooks. torch has no public way to list them."""
 
+FORWARDS = {"forward", "_conv_forward"}
+"""The methods of a torch.nn.Conv2d that compute. Users replace them on an instance."""
+
+COMPILED = "_orig_mod"
+"""The attribute of a compiled module that holds the module."""
+
 MODEL_ARGS = "_model_args"
 """The attribute of a model in which timm >= 1.0.31 records its arguments, to write them to config.json."""
 

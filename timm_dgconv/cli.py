@@ -111,10 +111,13 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text!r} is not a KEY=VALUE")
         return text
 
+    def target(text: str) -> str | float:
+        return text if text == "resnext" else float(text)
+
     parser = argparse.ArgumentParser(
         prog="timm-dgconv",
-        description="G-ResNeXt for timm. To train, validate and benchmark g_resnext50 and g_resnext101, use timm's "
-        "train.py, validate.py and benchmark.py.",
+        description="G-ResNeXt for timm. To train, validate and benchmark the models, use timm's train.py, "
+        "validate.py and benchmark.py.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     builds = argparse.ArgumentParser(add_help=False)  # options of several commands
@@ -149,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the output of an earlier demo")
     add(
         "--complexity-target",
-        type=lambda text: text if text == "resnext" else float(text),
+        type=target,
         metavar="T",
         help="largest share of a dense network's connections, or resnext for the share that a ResNeXt has",
     )
@@ -169,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model_help = (
         "name of the result: g_resnext50.dgconv_in1k for the G-ResNeXt-50 of the original release, "
-        "resnext50_32x4d.dgconv_in1k for its baseline, g_resnext50.TAG or g_resnext101.TAG for your own training"
+        "resnext50_32x4d.dgconv_in1k for its baseline, the name of a model and any TAG for your own training"
     )
     add("source", metavar="SRC", help=source_help)
     add("--model", required=True, metavar="ARCH.TAG", help=model_help)

@@ -65,7 +65,7 @@ def measure(
             raise ValueError(f"{argument}={value} is not a number of at least {least}")
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime {runtime!r} is not one of {', '.join(RUNTIMES)}")
-    if torch.device(device).type not in ("cpu", "cuda"):
+    if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} cannot be measured; use cpu or cuda")
     if runtime not in ("eager", "compile") and torch.device(device).type != "cpu":
         raise ValueError(f"{runtime} is measured on a CPU and not on {device}; use --device cpu")

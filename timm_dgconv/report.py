@@ -284,7 +284,7 @@ def group_report(
     if not convs:
         raise ValueError(
             f"{type(model).__name__} has no DGConv2d and is no model of this package, so it has no groups to report; "
-            "build a model with timm.create_model('g_resnext50'), or use timm_dgconv.groupable on yours"
+            "use timm_dgconv.groupable on it, or report on it before timm_dgconv.compact"
         )
     size = image_size(model, input_size)
     traced = trace(model, size)
@@ -297,7 +297,7 @@ def group_report(
         rest += Cost(-sum(parameter.numel() for parameter in conv.parameters()), -macs)
         bits = None
         if isinstance(conv, DGConv2d):
-            bits = "".join("0" if is_closed else "1" for is_closed in conv.bits())
+            bits = "".join("0" if is_closed else "1" for is_closed in conv.closed_bits())
         groups = conv.groups if bits is None else 1 << bits.count("0")
         bias = 0 if conv.bias is None else conv.bias.numel()
         weights, products = conv.weight.numel() * conv.groups, macs * conv.groups

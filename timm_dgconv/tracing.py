@@ -32,7 +32,7 @@ def unwrap(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):  # timm's first ModelEma
         return unwrap(model.ema)
     children = [*model.children()]
-    wrapped = [getattr(model, name, None) for name in ("module", "_orig_mod")]
+    wrapped = [getattr(model, name, None) for name in ("module", _compat.COMPILED)]
     return unwrap(children[0]) if len(children) == 1 and children[0] in wrapped else model
 
 

@@ -333,6 +333,7 @@ def test_the_converted_baseline_is_a_resnext_of_timm(tmp_path: Path) -> None:
     [
         (["--model", "resnet50.a1_in1k"], "unknown model 'resnet50.a1_in1k'; use g_resnet18.TAG"),
         (["--model", "g_resnext50.a/b"], "unknown model 'g_resnext50.a/b'"),
+        (["--model", "g_resnext50"], "model 'g_resnext50' has no tag, the name of its weights; use g_resnext50.TAG"),
         (["--out", "HERE"], "exists; use a new folder for --out"),
         (["--out", "HERE/none/out"], "is not a folder; create it"),
         (["--model", BASELINE, "--compact"], "without --compact"),

@@ -141,14 +141,6 @@ def test_transformers_loads_what_convert_wrote(compact: bool, tmp_path: Path) ->
     assert_same(alone(read_with_transformers, tmp_path / "model"), written)
 
 
-def use_as_backbone(folder: Path) -> None:
-    from transformers import TimmBackbone, TimmBackboneConfig
-
-    model = TimmBackbone(TimmBackboneConfig(backbone="test_g_resnext", out_indices=[2, 4]))
-    assert [tuple(feature.shape) for feature in model(images()).feature_maps] == [(4, 128, 4, 4), (4, 384, 1, 1)]
-    gates(model)
-
-
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -272,31 +264,9 @@ def adapt_the_1x1_convolutions(folder: Path) -> None:
     assert_close(peft.PeftModel.from_pretrained(base(), folder)(images()), expected)
 
 
-def extract_features(folder: Path) -> None:
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    model, x = network().eval(), images(64)
-    found = create_feature_extractor(model, {"layer2.0.conv2": "inside", "fc": "logits"})(x)
-    assert_close(found["logits"], model(x))
-    assert found["inside"].shape == (4, 32, 8, 8)
-    found["logits"].sum().backward()
-    assert all(gate.grad is not None and gate.grad.count_nonzero() for gate in gates(model))
-
-
-def explain_with_captum(folder: Path) -> None:
-    from captum.attr import IntegratedGradients, LayerGradCam
-
-    model, x, labels = network().eval(), images(), torch.arange(4)
-    assert IntegratedGradients(model).attribute(x, target=labels, n_steps=4).count_nonzero()
-    assert LayerGradCam(model, model.layer2[0].conv2).attribute(x, target=labels).shape == (4, 1, 4, 4)
-
-
 PROGRAMS: dict[Callable[[Path], None], str] = {
-    use_as_backbone: "transformers",
     fit_with_fastai: "fastai",
     adapt_the_1x1_convolutions: "peft",
-    extract_features: "torchvision",
-    explain_with_captum: "captum",
 }
 
 

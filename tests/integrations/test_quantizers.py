@@ -132,25 +132,6 @@ def test_torch_pruning_cannot_prune_the_learnable_form() -> None:
 
 
 @pytest.mark.client("torch-pruning")
-def test_torch_pruning_removes_the_same_channel_of_every_group() -> None:
-    """Channels that are zero make no difference."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_g_resnext", groups=4, num_classes=4, zero_init_last=False).eval()
-    ratios = {}
-    for block in (stage[0] for stage in (model.layer1, model.layer2, model.layer3, model.layer4)):
-        for layer in (block.conv1, block.bn1, block.conv2, block.bn2):
-            for parameter in layer.parameters():
-                parameter.data.unflatten(0, (4, -1))[:, 0] = 0
-        block.conv2.weight.data[:, 0] = 0
-        block.conv3.weight.data.unflatten(1, (4, -1))[:, :, 0] = 0
-        ratios |= {conv: 4 / conv.out_channels for conv in (block.conv1, block.conv2)}
-    expected, widths = model(images(64)), [conv.in_channels for conv in convs(model) if conv.groups > 1]
-    pruned = prune(model, pruning_ratio=0, pruning_ratio_dict=ratios)
-    assert [conv.in_channels + 4 for conv in convs(pruned) if conv.groups > 1] == widths
-    torch.testing.assert_close(pruned(images(64)), expected)
-
-
-@pytest.mark.client("torch-pruning")
 def test_a_pruned_network_learns_groups() -> None:
     torch.manual_seed(0)
     model = prune(timm.create_model("resnet18", num_classes=4), pruning_ratio=0.25, round_to=16).eval()
@@ -177,22 +158,6 @@ def test_a_layer_with_gates_takes_no_adapter(kind: str) -> None:
     }.get(kind, {})
     with pytest.raises(TypeError, match="takes no adapter"):
         peft.get_peft_model(in_form("learnable"), getattr(peft, kind)(target_modules=["conv2"], **kwargs))
-
-
-@pytest.mark.client("peft")
-@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
-def test_the_compact_form_takes_an_adapter(kind: str) -> None:
-    import peft
-
-    model = peft.get_peft_model(in_form("compact"), getattr(peft, kind)(r=4, target_modules=["conv2"])).eval()
-    before = model(images(64)).detach()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    expected = model(images(64)).detach()
-    assert not torch.allclose(expected, before, atol=1e-3)
-    torch.testing.assert_close(model.merge_and_unload()(images(64)), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.client("ultralytics")

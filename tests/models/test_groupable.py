@@ -182,6 +182,7 @@ def test_a_weight_that_another_kind_of_module_shares_is_left_out() -> None:
             r"`where` chooses conv1.0, which cannot learn its groups: in_channels=3 and out_channels=16 must",
         ),
         (lambda: "resnet50", None, TypeError, "groupable takes a torch.nn.Module, not a str"),
+        (lambda: create("test_resnet"), "layer1", TypeError, "where='layer1' is not a function"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_changes(model: Any, where: Any, error: type[Exception], words: str) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import SORT_NESTED
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -13,10 +14,9 @@ from timm_dgconv import DGConv2d
 from timm_dgconv.ops import algebra
 from timm_dgconv.ops.naive import connectivity
 
-FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, 1e-45, -1e-8]
 
-forms = st.sampled_from(FORMS)
+forms = st.sampled_from(SORT_NESTED)
 gate_values = st.lists(
     st.sampled_from([*SPECIAL, 1e-8, 0.5, -0.5, 2.0, -2.0]) | st.floats(-3, 3, width=32, allow_subnormal=False),
     min_size=1,
@@ -60,7 +60,7 @@ def test_settled_values_keep_the_bits_and_no_gate_learns(values: list[float], fo
     assert math.isnan(algebra.settle([math.nan])[0])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SORT_NESTED)
 def test_nan_gates_are_refused_on_the_host_and_visible_in_a_graph(form: tuple[bool, bool]) -> None:
     for place in range(3):
         values = [0.5, -0.5, 0.25]

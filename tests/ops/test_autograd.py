@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dgconv import DGConv2d, compact
-from timm_dgconv.ops import autograd, grouped
+from timm_dgconv.ops import grouped
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
@@ -251,16 +251,6 @@ def test_the_default_device_of_new_tensors_does_not_matter(create_graph: bool, f
     assert groups == 4
     assert_close(got, expected, **EXACT)
     assert_close(small(x), expected[0], **EXACT)
-
-
-@forms
-def test_all_layers_can_compute_the_masked_dense_form(form: dict[str, Any], monkeypatch: Patch) -> None:
-    conv = conv_with("1010", dtype=torch.float64, **form)
-    x = torch.randn(2, 16, 5, 5, dtype=torch.float64, requires_grad=True)
-    expected = results(conv, x)
-    monkeypatch.setattr(autograd, "MASKED_DENSE", True)
-    monkeypatch.setattr(grouped, "output", None)
-    assert_close(results(conv, x), expected, **EXACT)
 
 
 @forms

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import SORT_NESTED
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from timm_dgconv.ops import autograd
 from timm_dgconv.ops.grouped import in_format, is_channels_last
-
-FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ AXES: dict[str, list[Any]] = dict(
     input_format=["contiguous", "channels_last", "slice"],
     weight_format=["contiguous", "channels_last", "slice"],
     grad_format=["contiguous", "channels_last", "expanded"],
-    form=FORMS,
+    form=SORT_NESTED,
     mask=list(itertools.product([False, True], repeat=3)),
 )
 DTYPES = [
@@ -189,7 +188,7 @@ def test_results_are_what_fake_operators_say(input_dtype: torch.dtype, weight_dt
 def test_no_more_kernels_are_launched_than_needed() -> None:
     """Of a layer in bfloat16 with 32 groups: forward, backward, and backward with frozen gates."""
     limits = {"nested": (2, 11, 5), "sorted": (2, 20, 5), "unsorted": (5, 26, 9)}
-    for (name, limit), form in zip(limits.items(), FORMS, strict=True):
+    for (name, limit), form in zip(limits.items(), SORT_NESTED, strict=True):
         for channels in (128, 512, 2048):
             case = Case((channels, channels), "11111".rjust(channels.bit_length() - 1, "0"), form=form)
             forward, backward = run(case)
@@ -199,7 +198,7 @@ def test_no_more_kernels_are_launched_than_needed() -> None:
 
 
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SORT_NESTED)
 @pytest.mark.parametrize("closed", ["01" * 5, "10" * 5, "01" * 6, "10" * 6])
 def test_kernels_take_few_dimensions(closed: str, form: tuple[bool, bool]) -> None:
     """A kernel of CUDA takes tensors of up to 25 dimensions."""
@@ -210,16 +209,10 @@ def test_kernels_take_few_dimensions(closed: str, form: tuple[bool, bool]) -> No
 
 
 @pytest.mark.usefixtures("simulation")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SORT_NESTED)
 @pytest.mark.parametrize("closed", ["1100", "0101", "0011", "0000", "1111"])
 def test_nothing_comes_from_the_host_and_nothing_is_read(closed: str, form: tuple[bool, bool]) -> None:
     for operators in run(Case(closed=closed, form=form)):
         assert not any(tensor.is_cpu for tensor in operators.tensors)
         names = {func.overloadpacket for func, _, _ in operators.calls}
         assert not names & {torch.ops.aten.arange, torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero}
-
-
-@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
-def test_operators_are_unsafe_in_cuda_graphs() -> None:
-    for name in ("read_gates", "dgconv2d", "dgconv2d_backward"):
-        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.timm_dgconv, name).default.tags

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, SORT_NESTED
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +16,6 @@ from timm_dgconv.ops import autograd, grouped
 from timm_dgconv.ops.algebra import read_bits
 from timm_dgconv.ops.naive import connectivity, masked_conv2d
 
-FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 GEOMETRY: Any = ([1, 2], [1, 0], [1, 1])
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
@@ -44,7 +43,7 @@ def problems(draw: st.DrawFn) -> Problem:
     gate = draw(st.lists(st.sampled_from([-0.5, -0.25, 0.25, 0.5]), min_size=1, max_size=5))
     q_out, q_in, *kernel_size = (draw(st.integers(1, 3)) for _ in range(4))
     torch.manual_seed(draw(st.integers(0, 1000)))
-    form = draw(st.sampled_from(FORMS))
+    form = draw(st.sampled_from(SORT_NESTED))
     return Problem(tuple(gate), form, q_out, q_in, (kernel_size[0], kernel_size[1]), draw(st.booleans()))
 
 
@@ -98,14 +97,14 @@ def test_all_widths_agree_with_the_masked_dense_form(problem: Problem, width: in
 
 @pytest.mark.parametrize("device", DEVICES[1:])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SORT_NESTED)
 @pytest.mark.parametrize("width", [1, 4, 1024])
 def test_all_widths_agree_on_cuda(width: int, form: tuple[bool, bool], channels_last: bool, device: str) -> None:
     check(Problem((0.5, -0.5, 0.25, -0.25, -1.0), form, 2, 1, (3, 3), channels_last), width, device)
 
 
 @pytest.mark.parametrize("arrange", [lambda w: w[:, :1].expand_as(w), lambda w: w.transpose(2, 3)])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SORT_NESTED)
 def test_a_weight_in_no_memory_format_gets_a_gradient_of_its_own_memory(
     form: tuple[bool, bool], arrange: Callable[[Tensor], Tensor]
 ) -> None:

@@ -4,6 +4,7 @@ import math
 from functools import reduce
 
 import torch
+from conftest import SORT_NESTED
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,10 +12,9 @@ from torch.testing import assert_close
 
 from timm_dgconv.ops.naive import connectivity
 
-FORMS = [(True, True), (True, False), (False, False)]  # sort, nested
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
-forms = st.sampled_from(FORMS)
+forms = st.sampled_from(SORT_NESTED)
 gate_values = st.lists(
     st.sampled_from([0.25, -0.25, 0.5, -0.5, 0.0, -0.0]) | st.floats(-2, 2, allow_subnormal=False),
     min_size=1,

@@ -257,13 +257,28 @@ def test_targets_that_cannot_be_reached_are_refused() -> None:
         timm.create_model("test_g_resnet", complexity_target=0.3, complexity_unit="macs")
     model: Any = timm.create_model("test_g_resnext", init_groups=1)
     model.layer4[0].conv2.gate.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"connections is 0\.\d+, 0\.\d+ in frozen layers and 0\.\d+ in layers at"):
+    with pytest.raises(
+        ValueError, match=r"connections is 0\.\d+, 0\.\d+ in frozen layers and .*use a larger target or let"
+    ):
         steer(model, target=0.1)
     steer(model, target=0.9)
     for gate in gates(model):
         gate.requires_grad_(False)
     torch.optim.SGD(model.parameters(), 0.1).step()  # frozen later: nothing can close
     assert closed(model) == [0] * 4
+
+
+def test_a_unit_is_a_name_for_readers(tmp_path: Path) -> None:
+    """Only the connections that are counted are an upper limit."""
+    shares = []
+    for unit in ("ms", "connections"):
+        path = measured(tmp_path / "costs.json", unit=unit)
+        model = timm.create_model("test_g_resnext", complexity_target=0.9, complexity_unit=path, init_groups=1)
+        set_gates(model, lambda gate: -0.01)
+        hold_target(model)
+        cost = layers(model)[0].steered.steering.cost
+        shares.append(complexity(model, cost).item() / cost.dense)
+    assert shares[0] == shares[1] > REACHED * 0.9
 
 
 def test_only_networks_with_the_widths_of_a_resnext_have_its_target() -> None:

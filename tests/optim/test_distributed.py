@@ -84,8 +84,7 @@ SHARDED = """
             fully_shard(stage, mesh=mesh)
         sharded, gathered = model, contextlib.nullcontext
     else:
-        options = dict(use_orig_params=True, ignored_states=gates) if kind == "ignored" else {}
-        sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
         gathered = FullyShardedDataParallel.summon_full_params
     optimizers = [torch.optim.SGD(m.parameters(), 0.02, momentum=0.9) for m in (sharded, alone)]
     flipped = 0
@@ -97,10 +96,6 @@ SHARDED = """
         mine = slice(2 * rank, 2 * rank + 2)
         nn.functional.cross_entropy(sharded(x[mine]), y[mine]).backward()
         nn.functional.cross_entropy(alone(x), y).backward()
-        if kind == "ignored":  # FSDP leaves their gradients alone
-            for gate in gates:
-                dist.all_reduce(gate.grad)
-                gate.grad /= world
         before = torch.cat([alone.get_parameter(name) for name in names]).signbit()
         try:
             optimizers[0].step()
@@ -127,7 +122,6 @@ SHARDED = """
         ("default", "error"),  # FullyShardedDataParallel has parts of gates, and complexity_weight needs whole gates
         ("fully_shard", "steered"),
         pytest.param("fully_shard", "error", marks=pytest.mark.slow),  # complexity_target needs whole gates
-        pytest.param("ignored", "steered", marks=pytest.mark.slow),
     ],
 )
 def test_sharded_models_train_as_one_process_or_say_what_is_missing(kind: str, wanted: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
+from timm_dgconv import _compat
 from timm_dgconv.hub.checkpoint import SAVE, fetch, read
 from timm_dgconv.hub.errors import one_line
 from timm_dgconv.layers.checkpoints import GATE_NAMES
@@ -47,6 +48,8 @@ def resolve(model_name: str) -> tuple[str, Any]:
         title, paper = RESNEXT_PAPER
         own: dict[str, Any] = dict(architecture=architecture, hf_hub_id=None, paper_name=title, paper_ids=paper)
         cfg = dataclasses.replace(timm.get_pretrained_cfg("g_resnext50.dgconv_in1k"), **own)
+    elif architecture in ARCHITECTURES and not tag:
+        raise ValueError(f"model {model_name!r} has no tag, the name of its weights; use {model_name}.TAG")
     elif architecture not in ARCHITECTURES or not re.fullmatch(r"[\w-]+", tag, re.ASCII):
         raise ValueError(f"unknown model {model_name!r}; use {'.TAG, '.join(ARCHITECTURES)}.TAG or {BASELINE}")
     elif model_name in get_arch_pretrained_cfgs(architecture):
@@ -107,7 +110,8 @@ class Checkpoint:
         state_dict, info = read(fetch(source), source, use_ema)
         self.cfg = _with_data_args(cfg, info.data_args)
         self.epoch = info.epoch
-        self.state_dict = self._unwrap({name.replace("_orig_mod.", ""): value for name, value in state_dict.items()})
+        compiled = f"{_compat.COMPILED}."
+        self.state_dict = self._unwrap({name.replace(compiled, ""): value for name, value in state_dict.items()})
         self.target = {name: info.model_kwargs[name] for name in _TARGET_ARGS & info.model_kwargs.keys()}
         args = {**info.model_kwargs, **(model_kwargs or {})}.items()
         self.model_kwargs = {k: value for k, value in args if k not in _NO_NETWORK_ARGS and value is not None}

@@ -56,7 +56,7 @@ def _around(block: Any) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
 def sort_channels(block: Any) -> None:
     """Reorder the channels inside of a movable bottleneck so that its 3x3 layer has contiguous groups."""
     conv, (above, below) = block.conv2, _around(block)
-    bits = conv.bits()
+    bits = conv.closed_bits()
     before, after = (algebra.channel_order(bits, channels) for channels in (conv.in_channels, conv.out_channels))
     conv.weight.copy_(conv.weight[:, before])
     conv.set_sort(True)

@@ -6,13 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.common_types import _size_2_t
 
+from timm_dgconv import _compat
 from timm_dgconv.layers import gate_reader
 from timm_dgconv.layers.checkpoints import GATE_NAMES, INITIAL_GATE, contiguous_gates, remap_state_dict
 from timm_dgconv.ops import algebra, autograd
 from timm_dgconv.ops.grouped import diagonal_blocks
 from timm_dgconv.ops.naive import connectivity, masked_conv2d
+
+IntOrPair = int | tuple[int, int]
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse arguments that are not bools, since any string is true.
+
+    Raises:
+        TypeError: If one is neither True nor False.
+    """
+    for name, value in flags.items():
+        if value not in (False, True):
+            raise TypeError(f"{name}={value!r} is not a bool; use True or False")
 
 
 class DGConv2d(nn.Conv2d):
@@ -60,7 +73,7 @@ class DGConv2d(nn.Conv2d):
 
     Raises:
         ValueError: If a channel count is not even.
-        TypeError: If `groups` is given.
+        TypeError: If `groups` is given, or if `sort` or `nested` is not a bool.
 
     Examples:
         >>> conv = DGConv2d(64, 64, kernel_size=3, padding=1, bias=False)
@@ -80,10 +93,10 @@ class DGConv2d(nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: _size_2_t,
-        stride: _size_2_t = 1,
-        padding: str | _size_2_t = 0,
-        dilation: _size_2_t = 1,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: str | IntOrPair = 0,
+        dilation: IntOrPair = 1,
         *,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -98,6 +111,7 @@ class DGConv2d(nn.Conv2d):
                 f"DGConv2d learns its groups and takes no groups={groups!r}; for a fixed number of groups use "
                 f"torch.nn.Conv2d(..., groups={groups!r})"
             )
+        check_flags(sort=sort, nested=nested)
         num_bits = algebra.num_bits(in_channels, out_channels)
         super().__init__(
             in_channels,
@@ -197,7 +211,7 @@ class DGConv2d(nn.Conv2d):
         """Current number of groups; raises as `closed` does."""
         return 1 << sum(self.closed)
 
-    def bits(self) -> tuple[bool, ...]:
+    def closed_bits(self) -> tuple[bool, ...]:
         """Return whether each bit of the channel index is closed, the most significant bit first; raises as above."""
         return algebra.read_bits(gate_reader.read_alone(self), self.sort, self.nested).closed
 
@@ -232,7 +246,7 @@ class DGConv2d(nn.Conv2d):
     @torch.no_grad()
     def to_group_conv_(self, groups: int | None = None) -> nn.Conv2d:
         """Turn this layer into a torch.nn.Conv2d, in place; see `to_group_conv`."""
-        has_own_forward = type(self) is not DGConv2d or {"forward", "_conv_forward"} & vars(self).keys()
+        has_own_forward = type(self) is not DGConv2d or _compat.FORWARDS & vars(self).keys()
         if has_own_forward or "weight" not in dict(self.named_parameters()):
             raise ValueError(
                 f"a {type(self).__name__} whose forward pass or weight is not that of DGConv2d cannot become a "

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.checkpoints import from_conv
-from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.layers.dgconv import DGConv2d, check_flags
 from timm_dgconv.layers.gate_reader import OneReading, read_once_per_call
 from timm_dgconv.ops import algebra
 
@@ -44,7 +44,8 @@ def groupable(model: nn.Module, where: Where | None = None, sort: bool = True, n
         The model.
 
     Raises:
-        TypeError: If the model is not a torch.nn.Module.
+        TypeError: If the model is not a torch.nn.Module, if `where` is not a function, or if `sort` or `nested` is not
+            a bool.
         ValueError: If there is no convolution to convert, or if `where` chooses a convolution that cannot learn its
             groups. The model is unchanged then.
 
@@ -59,6 +60,9 @@ def groupable(model: nn.Module, where: Where | None = None, sort: bool = True, n
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"groupable takes a torch.nn.Module, not a {type(model).__name__}")
+    if where is not None and not callable(where):
+        raise TypeError(f"where={where!r} is not a function of the name and the torch.nn.Conv2d; use a lambda")
+    check_flags(sort=sort, nested=nested)
     skipped = skipped_convs(model, where)
     chosen = {name: conv for name, conv in _plain_convs(model).items() if name not in skipped}
     if where is not None:
@@ -130,7 +134,7 @@ def _obstacle(conv: nn.Conv2d) -> str:
     """Return why a convolution alone cannot be a DGConv2d, or an empty string."""
     if type(conv) is not nn.Conv2d:
         return f"the forward pass of a {type(conv).__name__} may differ from the forward pass of a torch.nn.Conv2d"
-    if {"forward", "_conv_forward"} & vars(conv).keys():
+    if _compat.FORWARDS & vars(conv).keys():
         return "it has a forward pass of its own"
     if "weight" not in dict(conv.named_parameters(recurse=False)):
         return "another module or a hook computes its weight"

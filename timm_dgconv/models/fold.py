@@ -60,7 +60,7 @@ def fold_norm(conv: Any, norm: Any) -> Any:
     if type(conv) is not nn.Conv2d or not is_batch_norm or norm.running_mean is None:
         return norm
     is_plain = dict(conv.named_parameters()).keys() == {"weight", "bias"} - ({"bias"} if conv.bias is None else set())
-    has_own_forward = {"forward", "_conv_forward"} & {*vars(conv), *vars(norm)}
+    has_own_forward = _compat.FORWARDS & {*vars(conv), *vars(norm)}
     if not is_plain or has_own_forward or any(getattr(m, h) for m in (conv, norm) for h in _compat.HOOKS):
         return norm
     # Fold in float64: the weights may be in half precision.

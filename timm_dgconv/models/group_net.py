@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.checkpoints import GATE_NAMES, from_conv
-from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.layers.dgconv import DGConv2d, check_flags
 from timm_dgconv.layers.gate_reader import OneReading
 from timm_dgconv.models.convert import groupable
 from timm_dgconv.optim import complexity, steering
@@ -86,11 +86,9 @@ class GroupNet(OneReading):
         freeze_groups: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name, value in dict(sort=sort, nested=nested, pointwise=pointwise, freeze_groups=freeze_groups).items():
-            if not isinstance(value, int):  # any string is true
-                raise TypeError(f"{name}={value!r} is not a bool; use True or False")
+        check_flags(sort=sort, nested=nested, pointwise=pointwise, freeze_groups=freeze_groups)
         steers = dict(weight=complexity_weight, target=complexity_target, bound=gate_bound, steps=gate_steps)
-        is_steered = bool(complexity_weight) or {complexity_target, gate_bound, gate_steps} != {None}
+        is_steered = bool(complexity_weight) or any(steers[name] is not None for name in ("target", "bound", "steps"))
         if is_steered and (freeze_groups or groups is not None):
             given = ", ".join(f"{name}={value}" for name, value in steers.items() if value is not None)
             fixed = "freeze_groups=True" if groups is None else "groups=..."
@@ -108,13 +106,11 @@ class GroupNet(OneReading):
                 conv.weight = nn.Parameter(conv.weight.detach().new_zeros(shape))
                 conv.groups = 1
         groupable(self, self.learns_groups, sort, nested)
-        convs = [module for module in self.modules() if isinstance(module, DGConv2d)]
-        for conv in convs:
+        convs = {name: module for name, module in self.named_modules() if isinstance(module, DGConv2d)}
+        for conv in convs.values():
             conv.reset_gate()
-        for conv, number in _per_layer(convs, "groups", groups):
-            conv.to_group_conv_(number)
-        for conv, number in _per_layer(convs, "init_groups", init_groups):
-            conv.reset_gate(number)
+        _set_groups(convs, "groups", groups, DGConv2d.to_group_conv_)
+        _set_groups(convs, "init_groups", init_groups, DGConv2d.reset_gate)
         if init_groups is not None:
             self.register_load_state_dict_post_hook(partial(_warn_init_groups, init_groups))
         if is_steered:
@@ -142,6 +138,8 @@ class GroupNet(OneReading):
                 )
             cost = cost_table(self, unit, kwargs.get("input_size"))
             target = 1 / cardinality if unit == "connections" else cost.share(cardinality)
+        elif isinstance(target, str):
+            raise ValueError(f"complexity_target={target!r} is not a number; use a number, or 'resnext'")
         steering.steer(self, target=target, unit=unit, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -216,14 +214,18 @@ def layer_groups(model: nn.Module) -> list[int]:
     return [conv.num_groups if isinstance(conv, DGConv2d) else conv.groups for conv in group_layers(model).values()]
 
 
-def _per_layer(convs: list[DGConv2d], option: str, groups: int | Sequence[int] | None) -> list[tuple[DGConv2d, int]]:
-    """Return layer and number of groups of each layer, or an empty list if `groups` is None."""
+def _set_groups(convs: dict[str, DGConv2d], option: str, groups: Any, set_number: Callable[[Any, int], Any]) -> None:
+    """Set the number of groups of each layer, unless the option has no value."""
     if groups is None:
-        return []
+        return
     numbers = [groups] * len(convs) if isinstance(groups, int) else groups
     if not isinstance(numbers, list | tuple) or len(numbers) != len(convs):
         raise ValueError(f"{option}={groups!r} must be one number, or one for each of the {len(convs)} layers")
-    return list(zip(convs, numbers, strict=True))
+    for (name, conv), number in zip(convs.items(), numbers, strict=True):
+        try:
+            set_number(conv, number)
+        except ValueError as error:
+            raise ValueError(f"{option}: {name} cannot have {number} groups: {error}") from error
 
 
 def _warn_init_groups(init_groups: int | Sequence[int], model: nn.Module, keys: Any) -> None:

@@ -4,7 +4,6 @@ Forward and backward use one reading of the gates. Its values are numbers in eag
 compiled graph.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,19 +18,10 @@ from timm_dgconv.ops.algebra import Bits, read_bits
 from timm_dgconv.ops.grouped import Size, is_channels_last
 from timm_dgconv.ops.naive import masked_conv2d
 
-MASKED_DENSE = os.environ.get("TIMM_DGCONV_MASKED_DENSE", "0") != "0"
-"""Whether all layers compute a dense convolution with a masked weight instead, as the original release does.
-
-The result is the same up to rounding, at several times the cost. The environment variable TIMM_DGCONV_MASKED_DENSE=1
-sets it, and so does an assignment at any time.
-"""
-
 
 def is_grouped(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
     """Return whether `dgconv2d` applies: plain CPU or CUDA tensors, no tracing, export, functorch, graph capture."""
-    if MASKED_DENSE or not is_plain(input, weight, gate):
-        return False
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if not is_plain(input, weight, gate) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if torch.compiler.is_compiling():
         # An exported program must run without this package. A CUDA graph must not record one set of open bits.

@@ -31,12 +31,14 @@ class CostTable:
         names: The names of the DGConv2d layers in the order of the model.
         tables: Per layer its costs with 1, 2, 4, ..., 2^K groups.
         rest: The cost of the rest of the network.
+        is_limit: Whether a target is an upper limit only, so that no gates open to reach it.
     """
 
     unit: str
     names: tuple[str, ...]
     tables: tuple[Table, ...]
     rest: float
+    is_limit: bool = False
 
     @property
     def dense(self) -> float:
@@ -89,7 +91,8 @@ class CostTable:
         if target < reached * (1 - 1e-9):
             limits = {"the rest of the network": self.rest, "frozen layers": frozen, "layers at their least": smallest}
             parts = " and ".join(f"{value / self.dense:.4g} in {name}" for name, value in limits.items() if value)
-            way_out = "use a larger target" if reached < 1 else "more groups save nothing, so leave the target out"
+            ways = ["use a larger target"] * (reached < 1) + ["let the frozen layers learn"] * (frozen > 0)
+            way_out = " or ".join(ways) or "more groups save nothing, so leave the target out"
             raise ValueError(
                 f"complexity_target={target} cannot be reached: the smallest share of the dense network's {self.unit} "
                 f"is {reached:.4g}, {parts}; {way_out}"
@@ -146,7 +149,7 @@ def cost_table(model: nn.Module, unit: str = "connections", input_size: Sequence
         tuple(value / 2**m for m in range(layer.gate.numel() + 1))
         for value, layer in zip(dense, layers.values(), strict=True)
     )
-    return CostTable(unit, tuple(layers), tables, rest)
+    return CostTable(unit, tuple(layers), tables, rest, is_limit=unit == "connections")
 
 
 def read_costs(path: str, layers: Mapping[str, int]) -> CostTable:

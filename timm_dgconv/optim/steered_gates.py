@@ -36,6 +36,7 @@ class SteeredGates:
         places: Per layer the places of its gates.
         tables: Per layer its costs.
         rest: The cost of the rest of the network.
+        is_limit: Whether a target is an upper limit only.
         nested: Per layer whether only the gates that can flip next learn.
 
     Raises:
@@ -55,7 +56,7 @@ class SteeredGates:
         places = {gate: range(end - gate.numel(), end) for gate, end in zip(self.gates, ends, strict=True)}
         self.places = tuple(places[layer.gate] for layer in layers.values())
         self.tables = tuple(steering.cost.tables[index] for index in layers)
-        self.rest = steering.cost.rest
+        self.rest, self.is_limit = steering.cost.rest, steering.cost.is_limit
         self.nested = tuple(layer.sort and layer.nested for layer in layers.values())
 
     @property
@@ -174,8 +175,7 @@ def hold_target(group: SteeredGates, before: Tensor | None = None) -> None:
         steering.start = previous if steering.start is None else steering.start
         budget = group.budget
         allowed = budget if steering.steps else max(budget, previous)  # without a schedule, the term closes gates
-    is_limit = steering.cost is not None and steering.cost.unit == "connections"
-    floor = 0.0 if is_limit else REACHED * group.target
+    floor = 0.0 if group.is_limit else REACHED * group.target
     gates = {place: gate for place, gate in zip(tables, group.gates, strict=True) if gate in set(group.trained)}
     rest = group.rest + cost(stepped, tables.keys() - gates)
     olds, news = ([values[place.start : place.stop] for place in gates] for values in (old, stepped))

@@ -57,8 +57,9 @@ class Steering:
         self.warned = False
         given = {"complexity_weight": weight, "complexity_target": target, "gate_bound": bound, "gate_steps": steps}
         for name, value in given.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"{name}={value!r} must be a number")
+            numbers, kind = (int, "a whole number") if name == "gate_steps" else (int | float, "a number")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
+                raise TypeError(f"{name}={value!r} must be {kind}")
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be at least 0 and finite")
         if target is not None and not weight:
