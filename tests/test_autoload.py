@@ -125,7 +125,7 @@ def test_any_name_may_be_imported_first() -> None:
     """Each in a fork of a process that has imported torch only."""
     code = """
     import os, torch, timm_dgconv
-    modules = ["_compat", "optim.cost", "optim.hooks", "optim.steered_gates", "report", "tracing"]
+    modules = ["_compat", "optim.cost", "optim.hooks", "optim.steered_model", "report", "tracing"]
     imports = [f"import timm_dgconv.{name}" for name in modules]
     for statement in imports + [f"from timm_dgconv import {name}" for name in timm_dgconv.__all__]:
         if not (child := os.fork()):

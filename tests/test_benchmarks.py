@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Capture, Patch, layers
+from conftest import Patch, layers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--model", "test_g_resnext", "--batch-size", "2", "--img-size", "32", "--rounds", "2", "--groups", "4"]
@@ -67,24 +67,6 @@ def test_memory_is_measured_by_a_script_in_another_folder(tmp_path: Path) -> Non
     subprocess.run([*command, "--json", "rows.json"], cwd=tmp_path, check=True)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["model"] for row in rows if row["MiB"] > 0] == ["test_resnet", "test_g_resnext, learnable"]
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        (["infer", "--groups", "3"], "groups=3 must be a power of two"),
-        (["infer", "--forms", "thawed"], "invalid choice: 'thawed'"),
-        (["train", "--runtimes", "eager", "openvino"], "--runtimes eager openvino is not for training"),
-    ],
-)
-def test_wrong_options_are_named_before_anything_is_measured(
-    bench: Any, args: list[str], named: str, monkeypatch: Patch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(bench, "interleave", None)
-    with pytest.raises(SystemExit) as stop:
-        bench.run(args[0], "--device", "cpu", *TINY, *args[1:])
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_study_trains_each_run_once(bench: Any, tmp_path: Path) -> None:

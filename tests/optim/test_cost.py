@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dgconv import DGConv2d, compact, complexity, constrained_loss, cost_table, groupable, hold_target, steer
 from timm_dgconv.optim.cost import CostTable, named_layers
-from timm_dgconv.optim.steered_gates import REACHED, hold
+from timm_dgconv.optim.steered_model import REACHED, hold
 
 SIZE = (3, 64, 64)
 DENSE = {"layer1.0.conv2": 4.0, "layer2.0.conv2": 3.0, "layer3.0.conv2": 2.0, "layer4.0.conv2": 1.0}

@@ -6,7 +6,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.densenet import DenseNet
 
 from timm_dgconv.models.base_models import base_cfgs, check_pretrained
-from timm_dgconv.models.group_net import GroupFeatureListNet, GroupNet, add_gates
+from timm_dgconv.models.group_net import GroupFeatureListNet, GroupNet, add_missing_gates
 
 __all__ = ["GDenseNet"]
 
@@ -30,7 +30,7 @@ def g_densenet121(pretrained: bool = False, **kwargs: Any) -> GDenseNet:
         GDenseNet,
         "g_densenet121",
         pretrained,
-        pretrained_filter_fn=add_gates,
+        pretrained_filter_fn=add_missing_gates,
         feature_cfg=dict(feature_cls=GroupFeatureListNet, flatten_sequential=True),
         **dict(model_args, **kwargs),
     )

@@ -15,7 +15,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_dgconv.models.base_models import base_cfgs, check_pretrained
 from timm_dgconv.models.fold import FoldsNorms
-from timm_dgconv.models.group_net import GroupFeatureListNet, GroupNet, add_gates
+from timm_dgconv.models.group_net import GroupFeatureListNet, GroupNet, add_missing_gates
 
 __all__ = ["GBasicBlock", "GBottleneck", "GResNet"]
 
@@ -111,7 +111,7 @@ def _create_g_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> G
         GResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=add_gates,
+        pretrained_filter_fn=add_missing_gates,
         feature_cfg=dict(feature_cls=GroupFeatureListNet),
         **kwargs,
     )

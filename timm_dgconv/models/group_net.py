@@ -170,7 +170,7 @@ class GroupFeatureListNet(OneReading, FeatureListNet):
     learns_groups, _steer = GroupNet.learns_groups, GroupNet._steer
 
 
-def add_gates(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def add_missing_gates(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Give pretrained weights without gates the gates with which a model computes the same, also if they are frozen."""
     for name, layer in model.named_modules():
         weight = state_dict.get(f"{name}.weight")

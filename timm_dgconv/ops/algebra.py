@@ -1,7 +1,7 @@
 """The algebra of gates: closed bits, the gate that learns the slope of each bit, counts. README.md has the derivation.
 
 There are two copies of each rule, on the host and in a graph: `read_bits` takes numbers, `bits` takes a tensor. An
-optimizer step has the rule for many layers at once, in `timm_dgconv.optim.steered_gates.add_term`.
+optimizer step has the rule for many layers at once, in `timm_dgconv.optim.steered_model.add_term`.
 """
 
 import math

@@ -23,13 +23,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.optim.steered_gates import SteeredGates, add_term, hold_target
+from timm_dgconv.optim.steered_model import SteeredModel, add_term, hold_gates
 
 if TYPE_CHECKING:
     from timm_dgconv.optim.steering import Steering
 
 
-class Steered:
+class SteeredLayer:
     """Links a layer to the steering of its model, and is stored on the layer.
 
     A copied or unpickled layer is linked, too.
@@ -48,7 +48,7 @@ class Steered:
         self.changes = 0  # since the last step of the model
         _register_hooks()
         with _lock:
-            _steered.add(self)
+            _layers.add(self)
 
     def notice(self, values: Sequence[float]) -> None:
         """Warn if something else than a step that `_before_step` has seen changes the gates of a model in training.
@@ -69,11 +69,11 @@ class Steered:
             )
 
     def __reduce__(self) -> Any:
-        return Steered, (self.layer(), self.steering, self.index)
+        return SteeredLayer, (self.layer(), self.steering, self.index)
 
 
-_steered: MutableSet[Steered] = weakref.WeakSet()
-_lock = threading.Lock()  # of _steered
+_layers: MutableSet[SteeredLayer] = weakref.WeakSet()
+_lock = threading.Lock()  # of _layers
 _NOTICED = 5  # changes of gates without a step, after which a warning is due
 _other = ""  # names the last optimizer that had no steered gates
 
@@ -91,7 +91,7 @@ def models() -> dict["Steering", dict[int, DGConv2d]]:
     A copy of some layers of a model takes the places of those that are gone or that do not learn, as in PEFT.
     """
     with _lock:
-        steered = sorted(_steered, key=lambda member: member.index)
+        steered = sorted(_layers, key=lambda member: member.index)
     own: dict[Steering, dict[int, DGConv2d]] = defaultdict(dict)
     for member in steered:
         layer = member.layer()
@@ -109,7 +109,7 @@ def models() -> dict["Steering", dict[int, DGConv2d]]:
     return {steering: {index: layers[index] for index in sorted(layers)} for steering, layers in result.items()}
 
 
-def _groups(optimizer: Optimizer) -> list[SteeredGates]:
+def _steered_models(optimizer: Optimizer) -> list[SteeredModel]:
     """Return the steered models with gates among the parameters of an optimizer.
 
     Raises:
@@ -117,7 +117,7 @@ def _groups(optimizer: Optimizer) -> list[SteeredGates]:
     """
     parameters: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
     flattened = {module for p in parameters for module in _compat.flat_parameter_modules(p)}
-    groups = []
+    steered = []
     for steering, layers in models().items():
         for layer in layers.values():
             if layer in flattened or (layer.gate in parameters and layer.gate.numel() != layer.num_bits):
@@ -133,8 +133,8 @@ def _groups(optimizer: Optimizer) -> list[SteeredGates]:
                 "complexity_target, gate_bound and gate_steps need all gates in each process, and fully_shard has "
                 "sharded them; use complexity_weight alone, or train with DistributedDataParallel"
             )
-        groups.append(SteeredGates(steering, layers, {p for p in parameters if p.requires_grad}))
-    return groups
+        steered.append(SteeredModel(steering, layers, {p for p in parameters if p.requires_grad}))
+    return steered
 
 
 class _Step(NamedTuple):
@@ -142,12 +142,12 @@ class _Step(NamedTuple):
 
     Attributes:
         call: The call of torch's wrapper around the method `step`.
-        groups: The models that it steers.
+        steered: The models that it steers.
         before: Their gates before the step, where something acts afterwards.
     """
 
     call: FrameType
-    groups: list[SteeredGates]
+    steered: list[SteeredModel]
     before: list[Tensor | None]
 
 
@@ -174,21 +174,21 @@ _steps = _Steps()
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     global _other
     # A step inside of another one, of super().step() or of a base optimizer, leaves its gates to the outer one.
-    outer = {gate for step in _steps.running() for group in step.groups for gate in group.trained}
-    groups = [group for group in _groups(optimizer) if not outer.issuperset(group.trained)]
-    if not groups:
+    outer = {gate for step in _steps.running() for model in step.steered for gate in model.trained}
+    steered = [model for model in _steered_models(optimizer) if not outer.issuperset(model.trained)]
+    if not steered:
         _other = _other if outer else f" (the last step was of {type(optimizer).__name__})"
         return None
-    before = [group.flat() if group.steering.acts_after_steps else None for group in groups]
-    _steps.steps.append(_Step(sys._getframe(1), groups, before))
+    before = [model.flat() if model.steering.acts_after_steps else None for model in steered]
+    _steps.steps.append(_Step(sys._getframe(1), steered, before))
     signs = {p: -1 if group.get("maximize") else 1 for group in optimizer.param_groups for p in group["params"]}
 
     def add_terms() -> None:
-        done = {gate for group in groups for gate in group.gates if _has_term(gate)}
-        for group in groups:
-            waiting = {gate: signs[gate] for gate in group.trained if gate not in done}
-            if waiting and group.steering.weight:
-                add_term(group, waiting, getattr(optimizer, "grad_scale", None))
+        done = {gate for model in steered for gate in model.gates if _has_term(gate)}
+        for model in steered:
+            waiting = {gate: signs[gate] for gate in model.trained if gate not in done}
+            if waiting and model.steering.weight:
+                add_term(model, waiting, getattr(optimizer, "grad_scale", None))
                 done.update(waiting)
         # Afterwards: gradients that are views of one bucket (DistributedDataParallel) share a version.
         for gate in done:
@@ -222,24 +222,24 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     _steps.steps.remove(step)
     # A fused optimizer skips the steps whose gradients have overflowed. GradScaler skips those of others itself.
     overflow = getattr(optimizer, "found_inf", None)
-    for group, before in zip(step.groups, step.before, strict=True):
-        trained = set(group.trained)
-        if group.steering.steps is None or overflow is None or not overflow.item():
-            group.steering.count({place for place, gate in enumerate(group.gates) if gate in trained})
+    for model, before in zip(step.steered, step.before, strict=True):
+        trained = set(model.trained)
+        if model.steering.steps is None or overflow is None or not overflow.item():
+            model.steering.count({place for place, gate in enumerate(model.gates) if gate in trained})
         if before is not None:
-            _take_back(group, before)
+            _take_back(model, before)
 
 
 @torch.no_grad()
-def _take_back(group: SteeredGates, before: Tensor) -> None:
+def _take_back(model: SteeredModel, before: Tensor) -> None:
     """Take back what the gates must not do in a step of the optimizer."""
-    steering = group.steering
+    steering = model.steering
     if steering.steps is not None and steering.taken > steering.steps:
-        for gate, old in group.split(before).items():
+        for gate, old in model.split(before).items():
             gate.copy_(old)
         return
     if steering.bound is not None:
-        for gate in group.trained:
+        for gate in model.trained:
             gate.clamp_(-steering.bound, steering.bound)
     if steering.target is not None:
-        hold_target(group, before)
+        hold_gates(model, before)

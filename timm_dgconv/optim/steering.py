@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from timm_dgconv.layers.bottleneck import movable_blocks
-from timm_dgconv.optim import hooks, steered_gates
+from timm_dgconv.optim import hooks, steered_model
 from timm_dgconv.optim.cost import CostTable, cost_table, named_layers
 
 DEFAULT_WEIGHT = 0.1
@@ -170,7 +170,7 @@ def link(model: nn.Module, steering: Steering) -> None:
     steering.num_layers = len(layers)
     acts = steering.weight > 0 or steering.acts_after_steps
     for index, layer in enumerate(layers):
-        layer.steered = hooks.Steered(layer, steering, index) if acts else None
+        layer.steered = hooks.SteeredLayer(layer, steering, index) if acts else None
 
 
 @torch.no_grad()
@@ -204,5 +204,5 @@ def hold_target(model: nn.Module) -> None:
     for steering, layers in hooks.models().items():
         if steering in steerings:
             gates = {layer.gate for layer in layers.values()}  # frozen ones, too: averages are often frozen
-            steered_gates.hold_target(steered_gates.SteeredGates(steering, layers, gates))
+            steered_model.hold_gates(steered_model.SteeredModel(steering, layers, gates))
             steering.warned = True  # the user holds the target

@@ -21,7 +21,7 @@ REACHED = 0.97
 """Share of a target from which on it is reached. A target in connections is an upper limit only."""
 
 
-class SteeredGates:
+class SteeredModel:
     """The layers of one steered model, seen from one optimizer. All gates have one order, that of `flat`.
 
     Args:
@@ -87,25 +87,25 @@ class SteeredGates:
 
 
 @torch.no_grad()
-def add_term(group: SteeredGates, signs: Mapping[Any, int], grad_scale: Tensor | None) -> None:
+def add_term(model: SteeredModel, signs: Mapping[Any, int], grad_scale: Tensor | None) -> None:
     """Add the term to the gradients of some gate parameters, in few operations for all layers.
 
     The derivative of a layer's cost is that of `timm_dgconv.optim.cost.slopes`, for each of its gates that learns.
 
     Args:
-        group: The gates of a model.
+        model: The gates of a model.
         signs: Gate parameter -> 1, or -1 if the optimizer maximizes, which negates the gradient.
         grad_scale: By how much a fused optimizer divides the gradients itself, or None.
     """
-    flat = group.flat()
-    index, tables, nested = _layout(group.places, group.tables, group.nested, flat.dtype, flat.device)
+    flat = model.flat()
+    index, tables, nested = _layout(model.places, model.tables, model.nested, flat.dtype, flat.device)
     rows = nn.functional.pad(flat, (0, 1), value=math.inf)[index]  # (layers, largest number of gates)
     closed = algebra.closed_gates(rows)
     costs, of_closed, of_open = tables.gather(2, closed.sum(1).view(1, -1, 1).expand(3, -1, 1))
-    total = (costs.sum() + group.rest).clamp_min(1e-30)  # a measured cost can be 0
-    derivative = torch.where(closed, of_closed, of_open) * (group.steering.weight * math.log(2) / total)
-    if group.steering.target is not None:
-        derivative *= total > group.budget
+    total = (costs.sum() + model.rest).clamp_min(1e-30)  # a measured cost can be 0
+    derivative = torch.where(closed, of_closed, of_open) * (model.steering.weight * math.log(2) / total)
+    if model.steering.target is not None:
+        derivative *= total > model.budget
     if grad_scale is not None:
         derivative *= grad_scale.to(flat.device)
     learns = torch.zeros_like(rows)  # with nested gates, the closed and the open gate nearest to zero
@@ -114,7 +114,7 @@ def add_term(group: SteeredGates, signs: Mapping[Any, int], grad_scale: Tensor |
         learns.scatter_add_(1, distance.argmin(1, keepdim=True), distance.amin(1, keepdim=True).isfinite().to(flat))
     learns = torch.where(nested.unsqueeze(1), learns, 1)
     terms = flat.new_zeros(len(flat) + 1).index_add_(0, index.flatten(), (learns * derivative).flatten())
-    parts = group.split(terms[:-1])
+    parts = model.split(terms[:-1])
     grads, pieces = [], []
     for gate, sign in signs.items():
         grad: Any = torch.zeros_like(gate) if gate.grad is None else gate.grad
@@ -151,33 +151,33 @@ def _layout(
 
 
 @torch.no_grad()
-def hold_target(group: SteeredGates, before: Tensor | None = None) -> None:
+def hold_gates(model: SteeredModel, before: Tensor | None = None) -> None:
     """Close gates until the network is within its target, and open gates that need not have closed.
 
     Args:
-        group: The model, after a step of the optimizer if `before` is given.
+        model: The model, after a step of the optimizer if `before` is given.
         before: All gates before the step.
     """
-    flat = group.flat()
+    flat = model.flat()
     old, stepped = torch.stack([flat if before is None else before, flat]).tolist()  # one transfer
     tables: dict[range, Table] = {}  # layers that share their gates are one row
-    for place, table in zip(group.places, group.tables, strict=True):
+    for place, table in zip(model.places, model.tables, strict=True):
         tables[place] = tuple(map(sum, zip(tables[place], table, strict=True))) if place in tables else table
 
     def cost(values: list[float], places: Iterable[range]) -> float:
         return sum(tables[p][sum(map(algebra.is_closed, values[p.start : p.stop]))] for p in places)
 
-    steering = group.steering
-    previous = group.rest + cost(old, tables)
+    steering = model.steering
+    previous = model.rest + cost(old, tables)
     if before is None:
-        budget = allowed = group.target
+        budget = allowed = model.target
     else:
         steering.start = previous if steering.start is None else steering.start
-        budget = group.budget
+        budget = model.budget
         allowed = budget if steering.steps else max(budget, previous)  # without a schedule, the term closes gates
-    floor = 0.0 if group.is_limit else REACHED * group.target
-    gates = {place: gate for place, gate in zip(tables, group.gates, strict=True) if gate in set(group.trained)}
-    rest = group.rest + cost(stepped, tables.keys() - gates)
+    floor = 0.0 if model.is_limit else REACHED * model.target
+    gates = {place: gate for place, gate in zip(tables, model.gates, strict=True) if gate in set(model.trained)}
+    rest = model.rest + cost(stepped, tables.keys() - gates)
     olds, news = ([values[place.start : place.stop] for place in gates] for values in (old, stepped))
     held = hold(olds, news, [tables[place] for place in gates], rest, budget, allowed, floor)
     for gate, row, values in zip(gates.values(), held, news, strict=True):
