@@ -90,10 +90,11 @@ def test_a_layer_loads_a_group_convolution(channels: tuple[int, int], closed: in
         ({"gate": "open"}, r'"0\.\w*gate".*expected torch\.Tensor'),
         ({"weight": None}, r'"0\.weight".*expected torch\.Tensor'),
         ({"weight": torch.zeros(16, 5, 3, 3)}, r"3.2 groups; .*must be a power of two up to 16"),
+        ({"weight": torch.zeros(16, 7, 3, 3)}, r"2.28571 groups; .*must be a power of two up to 16"),
         ({"weight": torch.zeros(16, 4, 5, 5)}, r"expected a group convolution with a weight of shape"),
         ({"unsorted_gate": torch.ones(4)}, r'Unexpected key\(s\) in state_dict: "0\.unsorted_gate"'),
     ],
-    ids=["length of gate", "gate", "weight", "groups", "kernel", "two gates"],
+    ids=["length of gate", "gate", "weight", "groups", "a rest", "kernel", "two gates"],
 )
 def test_a_refused_state_dict_is_torchs_error_with_the_reason(change: dict[str, Any], why: str) -> None:
     model = nn.Sequential(DGConv2d(16, 16, 3))

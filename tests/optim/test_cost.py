@@ -104,6 +104,9 @@ def test_gates_have_the_slopes_of_their_steps() -> None:
     conv.steered.steering.cost = cost
     torch.optim.SGD([conv.gate], 0.0).step()
     assert_close(conv.gate.grad, expected / 8)
+    conv.steered.steering.cost, conv.gate.grad = CostTable("ms", ("",), ((0.0, 0.0, 0.0, 0.0),), 0.0), None
+    torch.optim.SGD([conv.gate], 0.0).step()
+    assert not conv.gate.grad.any(), "costs may be 0"
 
 
 def rows(draw: Any, tables: list[list[float]], name: str) -> list[list[float]]:
@@ -208,6 +211,10 @@ def test_the_schedule_ends_at_half_of_the_steps() -> None:
         (
             {"layers": {name: [-1.0] * bits for name, bits in zip(DENSE, (5, 6, 5, 6), strict=True)}},
             "has the cost -1.0 for layer1.0.conv2, which is not a finite number of at least 0",
+        ),
+        (
+            {"whole": 0, "layers": {name: [0] * bits for name, bits in zip(DENSE, (5, 6, 5, 6), strict=True)}},
+            "has the cost 0",
         ),
         ({"whole": math.nan}, "has the cost nan for whole, which is not a finite number"),
         ({"whole": "20 ms"}, "has the cost '20 ms' for whole"),
