@@ -90,8 +90,8 @@ def connectivity(
     # u is the product of the gates over the bits of a code. At binary gates its derivative with respect to a bit is 1
     # where the code has the bit and all its other bits are open: it has no blocked bit, or only this one. The slopes
     # have gradients, and the value 0.
-    slope = differ & (num_blocked == blocked.int())
-    u = (num_blocked == 0).to(slopes.dtype).squeeze(1) + (slope.to(slopes.dtype) * slopes).sum(dim=1)
+    depends = differ & (num_blocked == blocked.int())
+    u = (num_blocked == 0).to(slopes.dtype).squeeze(1) + (depends.to(slopes.dtype) * slopes).sum(dim=1)
     out_codes = torch.arange(out_channels, device=gate.device) // (out_channels // num_codes)
     in_codes = torch.arange(in_channels, device=gate.device) // (in_channels // num_codes)
     return u[out_codes.unsqueeze(1) ^ in_codes]
