@@ -113,6 +113,7 @@ def test_a_converted_network_computes_the_same_and_has_the_types_of_its_source(n
     assert all(torch.equal(gate.abs(), torch.full_like(gate, PRETRAINED_GATE)) for gate in gates(model))
     small = compact(learned(model))
     assert types(small) == types(source)
+    assert not small._forward_pre_hooks, "the hooks that read gates are gone"
     for other in (small, reparameterize_model(model)):
         assert_close(other(x), model(x))
     if hasattr(model, "forward_intermediates"):  # timm 1.0.21 has none for HRNet

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import HAS_OPERATOR, Patch, forms, gates, set_gates
+from conftest import HAS_OPERATOR, Patch, forms, gates, layers, set_gates
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch import nn
@@ -144,6 +144,7 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind(opt: Any, fused: bool,
                 scaler.update(64.0)
                 optimizer.zero_grad(set_to_none=False)
         ends.append(model.state_dict())
+        assert "gate_steps" not in kwargs or layers(model)[0].steered.steering.taken == 3
     assert_close(*ends, rtol=0, atol=0)
 
 
