@@ -3,39 +3,15 @@
 import sys
 from pathlib import Path
 
-import pytest
 import timm
 import torch
-from conftest import Capture, Patch, assert_refused, layers
+from conftest import Patch, assert_refused, layers
 from torch import nn
 
 from timm_dgconv import DGConv2d, group_report, plots
-from timm_dgconv.cli import main
 from timm_dgconv.report import GroupHistory
 
 TINY = "test_g_resnext"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    paths = [str(tmp_path_factory.mktemp("run") / f"checkpoint-{epoch}.pth.tar") for epoch in range(3)]
-    for epoch, path in enumerate(paths):
-        torch.save({"epoch": epoch, "state_dict": timm.create_model(TINY).state_dict()}, path)
-    return paths
-
-
-@pytest.mark.parametrize(
-    ("count", "suffix", "signature"), [(1, ".png", b"\x89PNG"), (1, ".svg", b"<?xml"), (3, ".pdf", b"%PDF")]
-)
-def test_a_plot_is_written_in_the_format_of_its_name(
-    run: list[str], count: int, suffix: str, signature: bytes, tmp_path: Path, capsys: Capture
-) -> None:
-    path = tmp_path / f"groups{suffix}"
-    path.write_bytes(b"is replaced")
-    assert main(["inspect", *run[:count], "--model", TINY, "--plot", str(path), "--layers", "layer3.0.conv2"]) == 0
-    assert path.read_bytes().startswith(signature)
-    assert list(tmp_path.iterdir()) == [path]
-    assert "layer4.0.conv2" in capsys.readouterr().out, "the table has all layers"
 
 
 def test_many_layers_and_checkpoints_are_drawn(tmp_path: Path) -> None:

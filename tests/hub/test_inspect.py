@@ -81,6 +81,20 @@ def test_the_checkpoints_of_a_run_are_columns_sorted_by_epoch(run: list[str], ca
 
 
 @pytest.mark.parametrize(
+    ("count", "suffix", "signature"), [(1, ".png", b"\x89PNG"), (1, ".svg", b"<?xml"), (3, ".pdf", b"%PDF")]
+)
+def test_a_plot_is_written_in_the_format_of_its_name(
+    run: list[str], count: int, suffix: str, signature: bytes, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / f"groups{suffix}"
+    path.write_bytes(b"is replaced")
+    assert main(["inspect", *run[:count], "--model", TINY, "--plot", str(path), "--layers", "layer3.0.conv2"]) == 0
+    assert path.read_bytes().startswith(signature)
+    assert list(tmp_path.iterdir()) == [path]
+    assert "layer4.0.conv2" in capsys.readouterr().out, "the table has all layers"
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (["RUN", "--model", "g_resnext5"], "unknown model 'g_resnext5'; use g_resnet18, g_resnet34"),
