@@ -181,6 +181,15 @@ def test_other_networks_have_a_report_without_a_resnext() -> None:
     assert report.model == "Net"
 
 
+def test_tied_weights_count_once() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
+    model[1].weight = model[0].weight
+    timm_dgconv.groupable(model)[0].reset_gate(4)  # type: ignore[operator, union-attr]
+    report = group_report(model, (16, 8, 8))
+    assert report.learned.params == sum(p.numel() for p in timm_dgconv.compact(model).parameters())
+    assert report.dense.params == 16 * 16 * 9 + 2 * 16
+
+
 def test_the_model_does_not_change() -> None:
     model = timm.create_model(TINY, drop_path_rate=0.5, drop_rate=0.5).train()
     calls: list[Any] = []

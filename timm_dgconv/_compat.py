@@ -38,6 +38,22 @@ def dispatch_modes_are_active() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_traced_by_proxies() -> bool:
+    """Return whether make_fx records what is computed. Compiled code is not asked, since torch.compile uses it, too."""
+    if torch.compiler.is_compiling() or not dispatch_modes_are_active():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # takes long to import
+
+    return get_proxy_mode() is not None
+
+
+def fake_mode() -> Any:
+    """Return a mode in which tensors have a shape, a dtype and a device, and no data."""
+    from torch._subclasses import FakeTensorMode  # takes long to import
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Return whether torch.vmap or torch.autograd.grad(is_grads_batched=True) hides a dimension of a tensor."""
     functorch = torch._C._functorch

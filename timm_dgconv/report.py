@@ -40,7 +40,7 @@ class LayerReport:
         groups: Number of groups.
         bits: One character per bit of the channel index, the most significant bit first: 1 if the bit is open, 0 if it
             is closed. An open bit connects the channels that differ in it. None for a plain group convolution.
-        learned: Cost with these groups, without the gates.
+        learned: Cost with these groups, without the gates. Parameters that layers share count in the first one.
         dense: Cost with one group.
         resnext: Cost in the ResNeXt with the same widths, or None outside of a G-ResNeXt.
         resnext_groups: Number of groups in that ResNeXt.
@@ -214,8 +214,8 @@ class GroupHistory:
             if _network(report) != _network(first):
                 raise ValueError(
                     f"{source} is of another network than {self.sources[0]}: {report.model} with "
-                    f"{report.dense.params:,} parameters (dense), not {first.model} with {first.dense.params:,}; use "
-                    "checkpoints of one run"
+                    f"{report.dense.params:,} parameters (dense) and images of {report.input_size}, not {first.model} "
+                    f"with {first.dense.params:,} and {first.input_size}; use checkpoints of one run, or --img-size"
                 )
 
     @property
@@ -289,18 +289,20 @@ def group_report(
     size = image_size(model, input_size)
     traced = trace(model, size)
     cardinalities = _cardinalities(model)
-    layers = []
+    layers, counted = [], set[Tensor]()
     rest = Cost(sum(parameter.numel() for parameter in model.parameters()), traced.macs)  # of all but these layers
     for name, conv in convs.items():
         outputs, fixed = traced.outputs[name], cardinalities.get(name)
         macs = sum(output.numel() for output in outputs) * conv.weight[0].numel()
-        rest += Cost(-sum(parameter.numel() for parameter in conv.parameters()), -macs)
+        own = {parameter for parameter in conv.parameters() if parameter not in counted}
+        counted |= own
+        rest += Cost(-sum(parameter.numel() for parameter in own), -macs)
         bits = None
         if isinstance(conv, DGConv2d):
             bits = "".join("0" if is_closed else "1" for is_closed in conv.closed_bits())
         groups = conv.groups if bits is None else 1 << bits.count("0")
-        bias = 0 if conv.bias is None else conv.bias.numel()
-        weights, products = conv.weight.numel() * conv.groups, macs * conv.groups
+        bias = conv.bias.numel() if conv.bias in own else 0
+        weights, products = conv.weight.numel() * conv.groups * (conv.weight in own), macs * conv.groups
         learned, dense, resnext = (Cost(weights // g + bias, products // g) for g in (groups, 1, fixed or 1))
         channels = (conv.in_channels, conv.out_channels)
         resolution = (outputs[0].shape[-2], outputs[0].shape[-1]) if outputs else None

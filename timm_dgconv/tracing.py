@@ -1,8 +1,9 @@
-"""A run of a network on the meta device: its multiply-adds, and the shapes of what its convolutions compute."""
+"""A run of a network without data: its multiply-adds, and the shapes of what its convolutions compute."""
 
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Trace(NamedTuple):
 
     Attributes:
         macs: Number of multiply-adds with the stored weights.
-        inputs: The inputs of each convolution and linear layer, by name, on the meta device.
+        inputs: The inputs of each convolution and linear layer, by name, without data.
         outputs: Their outputs.
     """
 
@@ -69,12 +70,13 @@ def image_size(model: nn.Module, given: Sequence[int] | None) -> tuple[int, int,
 
 
 def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
-    """Run a copy of a model on the meta device on an image of this size: channels, height and width.
+    """Run a copy of a model without data on an image of this size: channels, height and width.
 
     Raises:
         ValueError: If the model does not run on such an image.
     """
-    net = _without_data(model)
+    mode = _compat.fake_mode()
+    net = _without_data(model, mode)
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     names = {module: name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
@@ -85,24 +87,29 @@ def trace(model: nn.Module, size: tuple[int, int, int]) -> Trace:
 
     for module in names:
         module.register_forward_hook(record, with_kwargs=True)
-    dtype = next(net.parameters()).dtype
+    like = next(net.parameters())
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
-            net(torch.empty(1, *size, device="meta", dtype=dtype))
+        with torch.no_grad(), mode, counter:
+            net(torch.empty(1, *size, device=like.device, dtype=like.dtype))
     except Exception as error:  # any exception of the user's modules
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))}: {reason}; use an "
-            "input_size=(channels, height, width) that it takes"
+            f"{type(model).__name__} does not run on an image of {' x '.join(map(str, size))} without data: {reason}; "
+            "use an input_size=(channels, height, width) that it takes, and read no values in its forward pass"
         ) from error
     return Trace(counter.get_total_flops() // 2, inputs, outputs)
 
 
-def _without_data(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device in evaluation mode, without the user's hooks."""
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+def _without_data(model: nn.Module, mode: Any) -> nn.Module:
+    """Return a copy of a model with tensors of a mode on one device, in evaluation mode, without the user's hooks."""
+    device = next(model.parameters()).device
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tensors = [*model.buffers(), *(value for value in attributes if isinstance(value, Tensor))]
+    with mode:  # a forward pass that makes new tensors makes them on the CPU
+        like = partial(torch.empty_like, device="cpu" if device.type == "meta" else device)
+        memo: dict[int, Any] = {id(tensor): like(tensor) for tensor in tensors}
+        memo |= {id(p): nn.Parameter(like(p), requires_grad=False) for p in model.parameters()}
     result = copy.deepcopy(model, memo).eval()
     for module in result.modules():
         for hooks in (getattr(module, name) for name in _compat.HOOKS):

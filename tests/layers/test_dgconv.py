@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import FORMS, attempt, conv_with, forms, jit_is_deprecated, run_ranks
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -222,6 +223,14 @@ def test_gates_are_data_in_graphs(how: str, form: dict[str, Any]) -> None:
         assert graph(x).isnan().all()
 
 
+@forms
+def test_gates_are_data_for_make_fx(form: dict[str, Any]) -> None:
+    conv, x = conv_with("0011", padding=1, **form), torch.randn(2, 16, 6, 6)
+    graph = make_fx(conv)(x)
+    conv.reset_gate(8)
+    assert_close(graph(x), conv(x))
+
+
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*instance-level annotations"
 )
@@ -305,6 +314,7 @@ def test_a_form_is_chosen_with_bools(name: str, value: Any) -> None:
         with pytest.raises(TypeError, match=f"{name}={value!r} is not a bool; use True or False"):
             build(**{name: value})
     assert type(model[0]) is nn.Conv2d
+    assert DGConv2d(16, 16, 3, sort=0).sort is False  # type: ignore[arg-type] # as on a command line
 
 
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32, torch.float64], ids=str)

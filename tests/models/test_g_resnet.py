@@ -51,6 +51,8 @@ def test_a_model_is_its_base_model_with_dgconvs(name: str) -> None:
         (dict(groups=[4, 4, 4]), ValueError, ["4 layers"]),
         (dict(groups=[4, 4, 5, 4]), ValueError, ["groups: layer3.0.conv2 cannot have 5 groups", "48 -> 48"]),
         (dict(groups="4444"), ValueError, ["4 layers"]),
+        (dict(groups=True), ValueError, ["groups=True must be one whole number"]),
+        (dict(init_groups=[2, 2, 2, None]), ValueError, ["None] must be one whole number"]),
         (dict(complexity_weight=float("nan")), ValueError, ["nan", "at least 0 and finite"]),
         (dict(complexity_weight="much"), TypeError, ["'much'", "number"]),
         (dict(complexity_weight=0, complexity_target=0.5), ValueError, ["complexity_target=0.5", "complexity_weight"]),
@@ -63,7 +65,7 @@ def test_a_model_is_its_base_model_with_dgconvs(name: str) -> None:
         (dict(complexity_target="ResNeXt"), ValueError, ["complexity_target='ResNeXt' is not a number", "'resnext'"]),
         (dict(nested="false"), TypeError, ["nested='false' is not a bool; use True or False"]),
         (dict(init_groups=3), ValueError, ["init_groups: layer1.0.conv2 cannot have 3", "power of two and at most 16"]),
-        (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups=[4, 4, 4] must be one number", "4 layers"]),
+        (dict(init_groups=[4, 4, 4]), ValueError, ["init_groups=[4, 4, 4] must be one whole number", "4 layers"]),
         (dict(init_groups=4, groups=[1, 1, 1, 1]), ValueError, ["init_groups=4 needs gates", "groups=..."]),
         (dict(complexity_weight=0.1, freeze_groups=True), ValueError, ["needs gates that learn", "freeze_groups=True"]),
         (dict(complexity_weight=0.1, groups=[1, 1, 1, 1]), ValueError, ["needs gates that learn", "groups=..."]),
@@ -85,16 +87,16 @@ def test_training_starts_with_a_number_of_groups(init_groups: int | list[int]) -
     assert layer_groups(create(init_groups=4, freeze_groups=True)) == [4] * 4
 
 
-@pytest.mark.parametrize("source", ["a checkpoint", "pretrained weights", "a ResNeXt"])
+@pytest.mark.parametrize("source", ["a checkpoint", "pretrained weights", "a ResNeXt", "a ResNet"])
 def test_loaded_groups_replace_init_groups_with_a_warning(source: str, tmp_path: Path) -> None:
-    path, convolutions = tmp_path / "weights.pth", {"groups": [2] * 4} if source == "a ResNeXt" else {"init_groups": 2}
-    torch.save(create(**convolutions).state_dict(), path)
+    path, number = tmp_path / "weights.pth", 1 if source == "a ResNet" else 2
+    torch.save(create(**{"groups" if "ResNe" in source else "init_groups": number}).state_dict(), path)
     kwargs: dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
-    if source == "a checkpoint":
+    if source in ("a checkpoint", "a ResNet"):
         kwargs = dict(checkpoint_path=path)
     with pytest.warns(UserWarning, match="the groups of the loaded weights replace init_groups=4"):
         model = create(init_groups=4, **kwargs)
-    assert layer_groups(model) == [2] * 4
+    assert layer_groups(model) == [number] * 4
     copy.deepcopy(pickle.loads(pickle.dumps(model)))
 
 

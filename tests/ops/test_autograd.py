@@ -230,7 +230,8 @@ def test_function_transforms(form: dict[str, Any]) -> None:
     for name, grad in zip(dict(conv.named_parameters()), expected, strict=True):
         assert_close(torch.func.grad(loss)(parameters, x)[name], grad, **EXACT)
         assert_close(each[name].sum(0), grad, **EXACT)
-    assert_close(torch.func.jvp(conv, (x,), (x,))[1], conv(x), **EXACT)  # the layer is linear in x
+    for jvp in (torch.func.jvp, torch.compile(torch.func.jvp, backend="aot_eager")):
+        assert_close(jvp(conv, (x,), (x,))[1], conv(x), **EXACT)  # the layer is linear in x
     with torch.autograd.forward_ad.dual_level():
         dual = conv(torch.autograd.forward_ad.make_dual(x, x))
         assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, conv(x), **EXACT)

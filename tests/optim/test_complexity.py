@@ -27,6 +27,8 @@ def test_frozen_gates_stay_and_learn_again(opt: str) -> None:
     before = [gate.detach().clone() for gate in gates(model)]
     step()
     assert all(torch.equal(gate, start) for gate, start in zip(gates(model), before, strict=True))
+    with pytest.raises(TypeError, match="frozen='no' is not a bool"):
+        freeze_groups(model, "no")  # type: ignore[arg-type]
     freeze_groups(model, frozen=False)
     optimizer.zero_grad()
     step()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -260,8 +261,12 @@ def test_a_network_without_an_input_size_cannot_train() -> None:
 
 
 def test_targets_that_cannot_be_reached_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"target=0.3 cannot be reached: .*macs is 0\.\d+, 0\.\d+ in the rest"):
+    with pytest.raises(
+        ValueError, match=r"target=0.3 cannot be reached: .*macs is 0\.\d+, 0\.\d+ in the rest"
+    ) as error:
         timm.create_model("test_g_resnet", complexity_target=0.3, complexity_unit="macs")
+    (least,) = re.findall(r"macs is (0\.\d+)", str(error.value))
+    timm.create_model("test_g_resnet", complexity_target=float(least), complexity_unit="macs")
     model: Any = timm.create_model("test_g_resnext", init_groups=1)
     model.layer4[0].conv2.gate.requires_grad_(False)
     with pytest.raises(
@@ -320,6 +325,22 @@ def test_another_pretrained_cfg_does_not_start_again() -> None:
     steering = layers(model)[0].steered.steering
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
     assert layers(model)[0].steered.steering is steering
+
+
+class Normalized(nn.Sequential):
+    """It makes tensors on the CPU: one that is no buffer, and one in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        self.mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - self.mean) + torch.arange(2).sum()
+
+
+def test_networks_may_have_tensors_of_their_own() -> None:
+    model = groupable(Normalized())
+    assert cost_table(model, "macs", SIZE).dense == multiply_adds(nn.Sequential(*model))  # type: ignore[misc]
 
 
 class Wrapper(nn.Module):

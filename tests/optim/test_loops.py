@@ -1,6 +1,7 @@
 """Training loops in which a step is more, or something else, than one call of a torch optimizer."""
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -253,6 +254,22 @@ def test_a_copy_of_what_is_left_of_a_network_is_steered() -> None:
     assert sum(conv.num_groups > 1 for conv in layers(model)) > 0
     hold_target(average)
     assert sum(conv.num_groups > 1 for conv in layers(average)) > 0
+
+
+def test_layers_that_tracing_has_left_behind_are_noticed() -> None:
+    model = timm.create_model("test_g_resnext", features_only=True, feature_cls="fx", complexity_target=0.1)
+    gc.collect()
+    with pytest.warns(UserWarning, match=r"gates whose DGConv2d layers are gone.*keep the model"):
+        torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def test_a_layer_has_one_target() -> None:
+    shared, *others = (DGConv2d(16, 16, 1) for _ in range(3))
+    first, second = (nn.Sequential(shared, other) for other in others)
+    steer(first, target=0.25)
+    with pytest.raises(ValueError, match="0 is steered with 1 layers of another model; steer one model that has all"):
+        steer(second, target=1.0)
+    steer(nn.Sequential(first, second), target=0.5)
 
 
 def test_a_target_needs_steps() -> None:

@@ -120,7 +120,7 @@ class Checkpoint:
                 f"{source} is the compact form of timm-dgconv 0.2 with orders of channels, which later versions do not "
                 "have; use the checkpoint that it was made from"
             )
-        if self.model_kwargs.get("sort") is True:  # timm-dgconv 0.2 had one name for both readings of gates
+        if self.model_kwargs.get("sort"):  # timm-dgconv 0.2 had one name for both readings of gates
             gates = re.compile(r"(^|\.)gate$")
             self.state_dict = {gates.sub(r"\1sorted_gate", name): value for name, value in self.state_dict.items()}
 

@@ -70,14 +70,20 @@ def remap_state_dict(layer: Any, state_dict: dict[str, Any], prefix: str) -> Non
         # The weight of a DGConv2d has the shape of a convolution with one group, and may stand for itself: in a shard,
         # or beside frozen gates that were not saved. So it opens gates only if they have nothing to lose.
         gate = layer.gate
-        is_new = layer.gates_are_new and (gate.is_meta or bool((gate.abs() <= INITIAL_GATE).all()))
-        can_open = gate.requires_grad and is_new
+        can_open = gate.requires_grad and layer.gates_are_new and (gate.is_meta or _are_initial(gate, layer))
         are_open = gate.requires_grad and not can_open and not bool(closed_gates(gate).any())
         if weight.shape == layer.weight.shape and not can_open:
             state_dict |= {f"{prefix}{GATE_NAMES[layer.sort]}": gate.detach()} if are_open else {}
             return
         state_dict[f"{prefix}weight"], gate = from_conv(layer, weight)
         state_dict[f"{prefix}{GATE_NAMES[layer.sort]}"] = gate
+
+
+def _are_initial(gate: Tensor, layer: Any) -> bool:
+    """Return whether gates have the values that `DGConv2d.reset_gate` has given them."""
+    if layer.initial_groups is None:
+        return bool((gate.abs() <= INITIAL_GATE).all())
+    return torch.equal(gate, contiguous_gates(layer.initial_groups, gate))
 
 
 @torch.no_grad()

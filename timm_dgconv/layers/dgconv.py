@@ -130,10 +130,12 @@ class DGConv2d(nn.Conv2d):
 
     def add_gates(self, gate: nn.Parameter, sort: bool, nested: bool) -> None:
         """Add the gates to a convolution without gates. `timm_dgconv.groupable` converts convolutions with this."""
-        self.sort, self.nested = sort, nested
+        self.sort, self.nested = bool(sort), bool(nested)  # 1 and 0 come from a command line
         self.gate_reading = None  # of a graph that is being compiled, see `timm_dgconv.layers.gate_reader`
         self.steered: Any = None  # see `timm_dgconv.optim.steering`
-        self.gates_are_new = True  # no checkpoint has set them, see `timm_dgconv.layers.checkpoints`
+        # Whether no checkpoint has set the gates, and the last argument of `reset_gate`: see `layers.checkpoints`.
+        self.gates_are_new = True
+        self.initial_groups: int | None = None
         self.register_parameter(GATE_NAMES[sort], gate)
         self._channels_of_gates = (self.out_channels, self.in_channels)
 
@@ -155,7 +157,7 @@ class DGConv2d(nn.Conv2d):
         Raises:
             ValueError: If the layer cannot have this number of groups.
         """
-        self.gates_are_new = True
+        self.gates_are_new, self.initial_groups = True, groups
         if groups is None:
             self.gate.copy_(torch.where(torch.rand_like(self.gate) < 0.5, -INITIAL_GATE, INITIAL_GATE))
         elif groups in [1 << closed for closed in range(self.gate.numel() + 1)]:
@@ -241,11 +243,11 @@ class DGConv2d(nn.Conv2d):
                 class: a subclass, a forward pass of its own, or a weight that a hook computes.
             RuntimeError: As `closed`.
         """
+        self.refuse_other_forms()  # torch cannot copy a weight that a hook has computed with gradients
         return copy.deepcopy(self, {id(self.weight): self.weight}).to_group_conv_(groups)
 
-    @torch.no_grad()
-    def to_group_conv_(self, groups: int | None = None) -> nn.Conv2d:
-        """Turn this layer into a torch.nn.Conv2d, in place; see `to_group_conv`."""
+    def refuse_other_forms(self) -> None:
+        """Raise if the layer computes something else than its class, see `to_group_conv`."""
         has_own_forward = type(self) is not DGConv2d or _compat.FORWARDS & vars(self).keys()
         if has_own_forward or "weight" not in dict(self.named_parameters()):
             raise ValueError(
@@ -253,6 +255,11 @@ class DGConv2d(nn.Conv2d):
                 "torch.nn.Conv2d; remove what changes it (torch.nn.utils.prune.remove, remove_weight_norm), or leave "
                 "the layer out"
             )
+
+    @torch.no_grad()
+    def to_group_conv_(self, groups: int | None = None) -> nn.Conv2d:
+        """Turn this layer into a torch.nn.Conv2d, in place; see `to_group_conv`."""
+        self.refuse_other_forms()
         weight = self.weight
         if groups is None:
             bits = algebra.read_bits(gate_reader.read_alone(self), self.sort, self.nested)
@@ -263,7 +270,15 @@ class DGConv2d(nn.Conv2d):
         blocks = torch.empty_like(weight[:, : self.in_channels // groups])  # keeps the memory format
         blocks.copy_(diagonal_blocks(weight, groups).flatten(0, 1))
         delattr(self, GATE_NAMES[self.sort])
-        for name in ("sort", "nested", "steered", "gates_are_new", "gate_reading", "_channels_of_gates"):
+        for name in (
+            "sort",
+            "nested",
+            "steered",
+            "gates_are_new",
+            "initial_groups",
+            "gate_reading",
+            "_channels_of_gates",
+        ):
             vars(self).pop(name, None)
         self.weight = nn.Parameter(blocks, self.weight.requires_grad)
         self.groups = groups

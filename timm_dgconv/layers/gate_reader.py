@@ -178,7 +178,8 @@ def refuse_nan(layer: Any) -> None:
         RuntimeError: If a gate is nan.
     """
     gate = layer.gate
-    if not isinstance(gate, Tensor) or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    is_data = torch.compiler.is_compiling() or torch.jit.is_tracing() or _compat.is_traced_by_proxies()  # type: ignore[attr-defined]
+    if not isinstance(gate, Tensor) or is_data:
         return
     gate = _compat.unwrap_functorch(gate)
     if autograd.is_plain(gate) and not autograd.is_capturing(gate):

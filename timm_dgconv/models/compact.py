@@ -1,6 +1,8 @@
 """The compact form of a network: torch.nn.Conv2d layers with the learned groups. It trains."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ def compact(model: nn.Module) -> nn.Module:
         >>> torch.allclose(small(images), model(images), atol=1e-5)
         True
     """
+    for name, layer in model.named_modules():
+        if isinstance(layer, DGConv2d):
+            with _named(name):
+                layer.refuse_other_forms()  # before torch refuses to copy a weight that a hook has computed
     result: Any = copy.deepcopy(model)
     if not any(isinstance(module, DGConv2d) for module in result.modules()) and not layer_groups(result):
         raise ValueError(
@@ -58,6 +64,15 @@ def compact(model: nn.Module) -> nn.Module:
     return result
 
 
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name a layer in a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
+
+
 def to_group_convs(model: nn.Module) -> None:
     """Turn every DGConv2d inside a module into a torch.nn.Conv2d, in place. Layers that share weights still do."""
     for block in movable_blocks(model):
@@ -65,10 +80,8 @@ def to_group_convs(model: nn.Module) -> None:
     weights: dict[tuple[torch.Tensor, torch.Tensor], Any] = {}
     for name, layer in [entry for entry in model.named_modules() if isinstance(entry[1], DGConv2d)]:
         key = layer.weight, layer.gate
-        try:
+        with _named(name):
             conv = layer.to_group_conv_()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}" if name else str(error)) from error
         conv.weight = weights.setdefault(key, conv.weight)
     for module in model.modules():
         read_per_layer(module)

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, ClassVar
 
 from timm.models import FeatureListNet
@@ -165,6 +166,7 @@ class GroupFeatureListNet(OneReading, FeatureListNet):
         self.group_convs, self.pointwise = model.group_convs, model.pointwise
         steers: Any = getattr(model, "_steers", None)
         if steers:  # the target is a share of the network that `out_indices` leave
+            steering.steer(model)
             self._steer(**steers)
 
     learns_groups, _steer = GroupNet.learns_groups, GroupNet._steer
@@ -218,12 +220,15 @@ def _set_groups(convs: dict[str, DGConv2d], option: str, groups: Any, set_number
     """Set the number of groups of each layer, unless the option has no value."""
     if groups is None:
         return
-    numbers = [groups] * len(convs) if isinstance(groups, int) else groups
-    if not isinstance(numbers, list | tuple) or len(numbers) != len(convs):
-        raise ValueError(f"{option}={groups!r} must be one number, or one for each of the {len(convs)} layers")
+    numbers = groups if isinstance(groups, list | tuple) else [groups] * len(convs)
+    are_whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+    if not are_whole or len(numbers) != len(convs):
+        raise ValueError(
+            f"{option}={groups!r} must be one whole number, or a list with one for each of the {len(convs)} layers"
+        )
     for (name, conv), number in zip(convs.items(), numbers, strict=True):
         try:
-            set_number(conv, number)
+            set_number(conv, int(number))
         except ValueError as error:
             raise ValueError(f"{option}: {name} cannot have {number} groups: {error}") from error
 

@@ -23,12 +23,12 @@ def is_grouped(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
     """Return whether `dgconv2d` applies: plain CPU or CUDA tensors, no tracing, export, functorch, graph capture."""
     if not is_plain(input, weight, gate) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
+    if _compat.transforms_are_active() or _compat.is_traced_by_proxies():
+        return False  # a transform needs a form that torch differentiates itself
     if torch.compiler.is_compiling():
         # An exported program must run without this package. A CUDA graph must not record one set of open bits.
         exporting = getattr(torch.compiler, "is_exporting", lambda: True)()
         return not exporting and (input.device.type == "cpu" or bool(_UNSAFE_IN_CUDA_GRAPHS))
-    if _compat.transforms_are_active():
-        return False  # a transform needs a form that torch differentiates itself
     return not is_capturing(input)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from timm_dgconv.layers.dgconv import check_flags
 from timm_dgconv.optim.cost import CostTable, named_layers
 
 
@@ -87,6 +88,7 @@ def freeze_groups(model: nn.Module, frozen: bool = True) -> None:
         frozen: Whether to freeze the groups.
 
     Raises:
+        TypeError: If `frozen` is not a bool.
         ValueError: If the model has no DGConv2d.
 
     Examples:
@@ -96,6 +98,7 @@ def freeze_groups(model: nn.Module, frozen: bool = True) -> None:
         >>> conv.gate.requires_grad, conv.weight.requires_grad
         (False, True)
     """
+    check_flags(frozen=frozen)
     for layer in named_layers(model).values():
         layer.gate.requires_grad_(not frozen)
         if frozen:

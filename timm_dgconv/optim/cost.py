@@ -93,9 +93,10 @@ class CostTable:
             parts = " and ".join(f"{value / self.dense:.4g} in {name}" for name, value in limits.items() if value)
             ways = ["use a larger target"] * (reached < 1) + ["let the frozen layers learn"] * (frozen > 0)
             way_out = " or ".join(ways) or "more groups save nothing, so leave the target out"
+            least = f"{math.ceil(1e4 * reached) / 1e4:.4g}"  # rounded up, so that it can be reached
             raise ValueError(
                 f"complexity_target={target} cannot be reached: the smallest share of the dense network's {self.unit} "
-                f"is {reached:.4g}, {parts}; {way_out}"
+                f"is {least}, {parts}; {way_out}"
             )
 
 

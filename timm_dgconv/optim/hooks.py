@@ -76,6 +76,7 @@ _layers: MutableSet[SteeredLayer] = weakref.WeakSet()
 _lock = threading.Lock()  # of _layers
 _NOTICED = 5  # changes of gates without a step, after which a warning is due
 _other = ""  # names the last optimizer that had no steered gates
+_left: list[weakref.ref[Tensor]] = []  # gates of steered layers that are gone
 
 
 @functools.cache
@@ -83,6 +84,25 @@ def _register_hooks() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
     _compat.hook_wrappers()
+
+
+def leave_behind(gate: "weakref.ref[Tensor]") -> None:
+    """Remember the gates of a layer that is gone. Another module may have them: a graph of torch.fx or torch.jit."""
+    _left.append(gate)
+
+
+def _warn_of_gates_without_layers(optimizer: Optimizer) -> None:
+    if _left:
+        left = {gate for reference in _left if (gate := reference()) is not None}
+        trained = left & {p for group in optimizer.param_groups for p in group["params"]}
+        _left[:] = map(weakref.ref, left - trained)
+        if trained:
+            warnings.warn(
+                "an optimizer trains gates whose DGConv2d layers are gone, so complexity_weight, complexity_target, "
+                "gate_bound and gate_steps do not act on them; torch.fx and torch.jit.trace make modules without these "
+                "layers, so keep the model that they have traced",
+                stacklevel=4,
+            )
 
 
 def models() -> dict["Steering", dict[int, DGConv2d]]:
@@ -173,6 +193,7 @@ _steps = _Steps()
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     global _other
+    _warn_of_gates_without_layers(optimizer)
     # A step inside of another one, of super().step() or of a base optimizer, leaves its gates to the outer one.
     outer = {gate for step in _steps.running() for model in step.steered for gate in model.trained}
     steered = [model for model in _steered_models(optimizer) if not outer.issuperset(model.trained)]

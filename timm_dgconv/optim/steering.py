@@ -4,6 +4,7 @@ import copy
 import math
 import weakref
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class Steering:
         self.warned = False
         given = {"complexity_weight": weight, "complexity_target": target, "gate_bound": bound, "gate_steps": steps}
         for name, value in given.items():
-            numbers, kind = (int, "a whole number") if name == "gate_steps" else (int | float, "a number")
+            numbers: Any = Integral if name == "gate_steps" else Real
+            kind = "a whole number" if name == "gate_steps" else "a number"
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
                 raise TypeError(f"{name}={value!r} must be {kind}")
             if value is not None and not 0 <= value < math.inf:
@@ -136,7 +138,8 @@ def steer(
     Raises:
         TypeError: If an argument is not a number.
         ValueError: If the model has no DGConv2d, if an argument is out of its range, if the target cannot be reached,
-            if the deployed form of a layer costs more than `unit` counts, or as `timm_dgconv.cost_table`.
+            if a layer is steered as a part of another model, if the deployed form of a layer costs more than `unit`
+            counts, or as `timm_dgconv.cost_table`.
 
     Examples:
         >>> from timm_dgconv import DGConv2d
@@ -150,6 +153,14 @@ def steer(
         True
     """
     cost = cost_table(model, unit, input_size)
+    steered, own = hooks.models(), {*named_layers(model).values()}
+    for name, layer in named_layers(model).items():
+        others = {*steered.get(layer.steered.steering, {}).values()} if layer.steered is not None else set()
+        if others - own:
+            raise ValueError(
+                f"{name} is steered with {len(others - own)} layers of another model; steer one model that has all of "
+                "these layers, or end that steering first: timm_dgconv.steer(other)"
+            )
     if unit != "connections":
         ordered = {block.conv2 for block in movable_blocks(model)}
         for name, layer in named_layers(model).items():
@@ -171,6 +182,8 @@ def link(model: nn.Module, steering: Steering) -> None:
     acts = steering.weight > 0 or steering.acts_after_steps
     for index, layer in enumerate(layers):
         layer.steered = hooks.SteeredLayer(layer, steering, index) if acts else None
+        if acts:
+            weakref.finalize(layer, hooks.leave_behind, weakref.ref(layer.gate)).atexit = False
 
 
 @torch.no_grad()
