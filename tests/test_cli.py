@@ -1,4 +1,4 @@
-"""The command line: help, exit status, and one line for an error."""
+"""The command line: exit status, and one line for an error."""
 
 import os
 import subprocess

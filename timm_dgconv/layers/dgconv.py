@@ -133,7 +133,7 @@ class DGConv2d(nn.Conv2d):
         self.sort, self.nested = bool(sort), bool(nested)  # 1 and 0 come from a command line
         self.gate_reading = None  # of a graph that is being compiled, see `timm_dgconv.layers.gate_reader`
         self.steered: Any = None  # see `timm_dgconv.optim.steering`
-        # Whether no checkpoint has set the gates, and the last argument of `reset_gate`: see `layers.checkpoints`.
+        # No checkpoint has set the gates, and `reset_gate` had this argument: see `timm_dgconv.layers.checkpoints`.
         self.gates_are_new = True
         self.initial_groups: int | None = None
         self.register_parameter(GATE_NAMES[sort], gate)

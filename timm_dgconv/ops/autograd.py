@@ -24,7 +24,7 @@ def is_grouped(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
     if not is_plain(input, weight, gate) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     if _compat.transforms_are_active() or _compat.is_traced_by_proxies():
-        return False  # a transform needs a form that torch differentiates itself
+        return False  # torch differentiates or records the operations of the masked dense form
     if torch.compiler.is_compiling():
         # An exported program must run without this package. A CUDA graph must not record one set of open bits.
         exporting = getattr(torch.compiler, "is_exporting", lambda: True)()

@@ -58,8 +58,7 @@ class Steering:
         self.warned = False
         given = {"complexity_weight": weight, "complexity_target": target, "gate_bound": bound, "gate_steps": steps}
         for name, value in given.items():
-            numbers: Any = Integral if name == "gate_steps" else Real
-            kind = "a whole number" if name == "gate_steps" else "a number"
+            numbers, kind = (Integral, "a whole number") if name == "gate_steps" else (Real, "a number")
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers)):
                 raise TypeError(f"{name}={value!r} must be {kind}")
             if value is not None and not 0 <= value < math.inf:
@@ -153,17 +152,17 @@ def steer(
         True
     """
     cost = cost_table(model, unit, input_size)
-    steered, own = hooks.models(), {*named_layers(model).values()}
-    for name, layer in named_layers(model).items():
-        others = {*steered.get(layer.steered.steering, {}).values()} if layer.steered is not None else set()
-        if others - own:
+    layers, steered = named_layers(model), hooks.models()
+    for name, layer in layers.items():
+        together = steered.get(layer.steered.steering, {}) if layer.steered is not None else {}
+        if others := {*together.values()} - {*layers.values()}:
             raise ValueError(
-                f"{name} is steered with {len(others - own)} layers of another model; steer one model that has all of "
-                "these layers, or end that steering first: timm_dgconv.steer(other)"
+                f"{name} is steered with {len(others)} layers of another model; steer one model that has all of these "
+                "layers, or end that steering first: timm_dgconv.steer(other)"
             )
     if unit != "connections":
         ordered = {block.conv2 for block in movable_blocks(model)}
-        for name, layer in named_layers(model).items():
+        for name, layer in layers.items():
             if not layer.sort and layer not in ordered:
                 raise ValueError(
                     f"{name} has sort=False, and its order of channels cannot move, so its deployed form costs more "
@@ -171,7 +170,7 @@ def steer(
                 )
     steering = Steering(weight, target, bound, steps, cost)
     if target is not None:
-        cost.check_target(target, list(named_layers(model).values()))
+        cost.check_target(target, list(layers.values()))
     link(model, steering)
 
 
