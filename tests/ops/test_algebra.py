@@ -55,7 +55,7 @@ def test_settled_values_keep_the_bits_and_no_gate_learns(values: list[float], fo
     settled = algebra.settle(values)
     bits = algebra.read_bits(settled, *form)
     assert bits.closed == algebra.read_bits(values, *form).closed
-    assert not bits.learn
+    assert max(bits.gates) == -1
     assert algebra.settle(torch.tensor(values)).tolist() == settled
     assert math.isnan(algebra.settle([math.nan])[0])
 

@@ -30,11 +30,6 @@ class Bits(NamedTuple):
         return 1 << sum(self.closed)
 
     @property
-    def learn(self) -> bool:
-        """Whether a gate learns."""
-        return max(self.gates) >= 0
-
-    @property
     def prefix(self) -> int:
         """Number of closed bits before the first open bit."""
         return [*self.closed, False].index(False)
@@ -43,12 +38,6 @@ class Bits(NamedTuple):
     def is_sorted(self) -> bool:
         """Whether all closed bits come first, so that each group is a range of channels."""
         return self.prefix == sum(self.closed)
-
-    @property
-    def positions(self) -> tuple[list[int], list[int]]:
-        """The closed bits and the open bits, see `closed_first`."""
-        order, num_closed = closed_first(self.closed), sum(self.closed)
-        return order[:num_closed], order[num_closed:]
 
 
 def closed_first(closed: Sequence[bool]) -> list[int]:
@@ -131,21 +120,25 @@ def read_bits(gate: Sequence[float], sort: bool, nested: bool) -> Bits:
             f"gates of a DGConv2d are nan: {list(gate)}; the training has diverged: go back to an earlier checkpoint "
             "and use a smaller learning rate or gradient clipping"
         )
-    closed = [is_closed(value) for value in gate]
+    closed = [math.copysign(1, value) < 0 for value in gate]
     learns = [-1 if math.isinf(value) else k for k, value in enumerate(gate)]
     if not sort:
         return Bits(tuple(closed), tuple(learns))
-    order = closed_first(closed)
-    num_closed = sum(closed)
-    bits = (True,) * num_closed + (False,) * (len(gate) - num_closed)
+    num_closed, num_bits = sum(closed), len(gate)
+    bits = (True,) * num_closed + (False,) * (num_bits - num_closed)
     if not nested:
-        return Bits(bits, tuple(learns[k] for k in order))
-    gates = [-1] * len(gate)
+        return Bits(bits, tuple(learns[k] for k in closed_first(closed)))
+    gates = [-1] * num_bits
     if num_closed:
-        gates[num_closed - 1] = learns[min(order[:num_closed], key=lambda k: abs(gate[k]))]
-    if num_closed < len(gate):
-        gates[num_closed] = learns[min(order[num_closed:], key=lambda k: abs(gate[k]))]
+        gates[num_closed - 1] = learns[_nearest_to_zero(gate, closed, True)]
+    if num_closed < num_bits:
+        gates[num_closed] = learns[_nearest_to_zero(gate, closed, False)]
     return Bits(bits, tuple(gates))
+
+
+def _nearest_to_zero(gate: Sequence[float], closed: Sequence[bool], side: bool) -> int:
+    """Return the index of the closed or the open gate nearest to zero, the first one if there are several."""
+    return min((abs(value), k) for k, value in enumerate(gate) if closed[k] is side)[1]
 
 
 def settle(values: Any) -> Any:

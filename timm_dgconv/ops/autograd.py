@@ -17,6 +17,7 @@ from timm_dgconv.ops import grouped
 from timm_dgconv.ops.algebra import Bits, read_bits
 from timm_dgconv.ops.grouped import Size, is_channels_last
 from timm_dgconv.ops.naive import masked_conv2d
+from timm_dgconv.ops.plan import Plan
 
 
 def is_grouped(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
@@ -34,7 +35,10 @@ def is_grouped(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
 
 def is_plain(*tensors: Tensor) -> bool:
     """Return whether all tensors are on the CPU or CUDA and of no subclass (fx proxy, DTensor, fake tensor)."""
-    return all(type(t) in (Tensor, nn.Parameter) and t.device.type in ("cpu", "cuda") for t in tensors)
+    for tensor in tensors:  # a generator takes twice as long, and each layer asks in each pass
+        if type(tensor) not in (Tensor, nn.Parameter) or not (tensor.is_cpu or tensor.is_cuda):
+            return False
+    return True
 
 
 def is_capturing(tensor: Tensor) -> bool:
@@ -84,10 +88,12 @@ def dgconv2d(
         raise RuntimeError(
             f"input has dtype {input.dtype} and weight has dtype {weight.dtype}; cast the input or the model"
         )
-    args = (input, weight, bias, gate, values, stride, padding, dilation, sort, nested)
-    if not torch.compiler.is_compiling():
-        return _DGConv2d.apply(*args)  # a TorchDispatchMode sees the group convolution
-    return torch.ops.timm_dgconv.dgconv2d(*args[:4], _on_host(values), *args[5:])
+    options = (stride, padding, dilation, sort, nested)
+    if torch.compiler.is_compiling():
+        return torch.ops.timm_dgconv.dgconv2d(input, weight, bias, gate, _on_host(values), *options)
+    if torch.is_grad_enabled():
+        return _DGConv2d.apply(input, weight, bias, gate, values, options)
+    return _output(input, weight, bias, gate, values, *options)
 
 
 def _is_autocast(tensor: Tensor) -> bool:
@@ -104,15 +110,22 @@ def _output(
     input: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, values: Tensor | Sequence[float], *options: Any
 ) -> Tensor:
     *geometry, sort, nested = options
-    bits = _bits(values, sort, nested)
+    return _forward(input, weight, bias, _bits(values, sort, nested), *geometry, needs_gate=False)[0]
+
+
+def _forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, bits: Bits, *geometry: Size, needs_gate: bool
+) -> tuple[Tensor, Plan, Tensor, Tensor | None]:
+    """Return the output, and what the backward pass needs: the plan and `grouped.group_weights`."""
     weight = _dense(weight)
-    with _without_autocast(input):
-        if bits.is_sorted:
-            return grouped.output(input, weight, bias, bits, *geometry)
-        x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
-        bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
-        y = grouped.output(x, weight, bias, bits, *geometry)
-        return grouped.exchange_bits(y, bits.closed, inverse=True)
+    plan = grouped.plan(weight, input.dtype, bits, needs_gate)
+    kernel, wide_weight = grouped.group_weights(weight, plan, input.dtype)
+    if plan.is_sorted:
+        return grouped.output(input, kernel, bias, plan, *geometry), plan, kernel, wide_weight
+    x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
+    bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
+    y = grouped.output(x, kernel, bias, plan, *geometry)
+    return grouped.exchange_bits(y, bits.closed, inverse=True), plan, kernel, wide_weight
 
 
 def _gradients(
@@ -123,25 +136,46 @@ def _gradients(
     values: Tensor | Sequence[float],
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of input, weight and gates, or empty tensors for those that are not needed."""
-    *geometry, sort, nested, (needs_input, needs_weight, needs_gate) = options
+    *geometry, sort, nested, needs = options
+    w = _dense(weight)
     bits = _bits(values, sort, nested)
+    plan = grouped.plan(w, grad_output.dtype, bits, needs[2])
+    saved = (bits, plan, *grouped.group_weights(w, plan, grad_output.dtype))
+    grads = _saved_gradients(grad_output, input, weight, gate, saved, needs, *geometry)
+    return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _saved_gradients(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    saved: tuple[Bits, Plan, Tensor, Tensor | None],
+    needs: Sequence[bool],
+    *geometry: Size,
+) -> list[Tensor | None]:
+    """Return the gradients of input, weight and gates that are needed."""
+    bits, plan, kernel, wide_weight = saved
+    needs_input, needs_weight, needs_gate = needs
     channels_last = is_channels_last(input, weight)
-    grad, x, w = grouped.in_format(grad_output, channels_last), grouped.in_format(input, channels_last), _dense(weight)
-    if not bits.is_sorted:
+    grad, x = grouped.in_format(grad_output, channels_last), grouped.in_format(input, channels_last)
+    if not plan.is_sorted:
         grad, x = (grouped.exchange_bits(tensor, bits.closed) for tensor in (grad, x))
     grad_input = grad_weight = grad_gate = None
     with _without_autocast(input):
         if needs_input:
-            grad_input = grouped.input_gradient(grad, x, w, bits, *geometry)
-            if not bits.is_sorted:
+            grad_input = grouped.input_gradient(grad, x, kernel, plan, *geometry)
+            if not plan.is_sorted:
                 grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
         if needs_weight or needs_gate:
-            grad_weight, grad_gate = grouped.weight_and_gate_gradients(grad, x, w, bits, needs_gate, *geometry)
+            w = _dense(weight)
+            grad_weight, wide_grad = grouped.weight_gradient(grad, x, w, plan, *geometry)
             if grad_weight.stride() != weight.stride():
                 grad_weight = torch.empty_like(weight).copy_(grad_weight)
-        grad_gate = None if grad_gate is None else grad_gate.to(gate.dtype)
-    return tuple(weight.new_empty(0) if grad is None else grad for grad in (grad_input, grad_weight, grad_gate))
+            if needs_gate:
+                grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, wide_grad, bits, plan, *geometry)
+                grad_gate = grad_gate.to(gate.dtype)
+    return [grad_input, grad_weight, grad_gate]
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -156,28 +190,35 @@ def _bits(values: Tensor | Sequence[float], sort: bool, nested: bool) -> Bits:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, values = inputs[:5]
     ctx.options = inputs[5:]
-    ctx.values = None if isinstance(values, Tensor) else values
-    ctx.save_for_backward(*tensors, *([] if ctx.values is not None else [values]))
+    ctx.save_for_backward(*tensors, values)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    input, weight, bias, gate, *read = ctx.saved_tensors
-    (values,) = read or [ctx.values]
-    needs = ctx.needs_input_grad[:4]
-    nothing = [None] * (1 + len(ctx.options))
+    *tensors, values = ctx.saved_tensors
+    grads = _op_gradients(grad_output, tensors, values, ctx.options, ctx.needs_input_grad[:4])
+    return *grads, None, *[None] * len(ctx.options)
+
+
+def _op_gradients(
+    grad_output: Tensor, tensors: Sequence[Any], values: Tensor, options: Any, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of `tensors` by the operator of torch.library, or those of the masked dense form."""
     # create_graph=True, or torch.autograd.grad(is_grads_batched=True)
     if torch.is_grad_enabled() or _compat.is_batched(grad_output):
-        return (*_masked_gradients(grad_output, (input, weight, bias, gate), values, ctx.options, needs), *nothing)
-    needs_input, needs_weight, needs_bias, needs_gate = needs
-    args = (*ctx.options, [needs_input, needs_weight, needs_gate])
-    if torch.compiler.is_compiling() or _compat.dispatch_modes_are_active():
-        # torch.utils.flop_counter counts a dense convolution for the weight gradient of a group convolution.
-        grads = torch.ops.timm_dgconv.dgconv2d_backward(grad_output, input, weight, gate, _on_host(values), *args)
-    else:
-        grads = _gradients(grad_output, input, weight, gate, values, *args)
-    grad_bias = grad_output.sum((0, 2, 3), dtype=bias.dtype) if needs_bias else None
+        return _masked_gradients(grad_output, tensors, values, options, needs)
+    input, weight, bias, gate = tensors
+    args = (values, *options, (needs[0], needs[1], needs[3]))
+    grads = torch.ops.timm_dgconv.dgconv2d_backward(grad_output, input, weight, gate, *args)
+    return _with_bias(grads, grad_output, bias, needs)
+
+
+def _with_bias(
+    grads: Sequence[Tensor | None], grad_output: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Insert the gradient of the bias between those of weight and gates."""
+    grad_bias = grad_output.sum((0, 2, 3), dtype=bias.dtype) if bias is not None and needs[2] else None
     found = (grads[0], grads[1], grad_bias, grads[2])
-    return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *nothing)
+    return [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
 
 
 def _masked_gradients(
@@ -205,13 +246,25 @@ class _DGConv2d(torch.autograd.Function):
     """The operator in eager mode. It skips torch's dispatcher, which needs a third of the host's time."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _setup_context(ctx, inputs, inputs[0])
-        return _output(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # not through torch's dispatcher, which takes as long as a layer
+        input, weight, bias, gate, ctx.values, ctx.options = inputs
+        *geometry, sort, nested = ctx.options
+        ctx.bits = _bits(ctx.values, sort, nested)
+        y, ctx.plan, *weights = _forward(input, weight, bias, ctx.bits, *geometry, needs_gate=ctx.needs_input_grad[3])
+        ctx.save_for_backward(input, weight, bias, gate, *weights)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, grad_output)
+        *tensors, kernel, wide_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        # torch.utils.flop_counter counts a dense convolution for the weight gradient of a group convolution.
+        if torch.is_grad_enabled() or _compat.is_batched(grad_output) or _compat.dispatch_modes_are_active():
+            return *_op_gradients(grad_output, tensors, _on_host(ctx.values), ctx.options, needs), None, None
+        input, weight, bias, gate = tensors
+        saved, wanted = (ctx.bits, ctx.plan, kernel, wide_weight), (needs[0], needs[1], needs[3])
+        grads = _saved_gradients(grad_output, input, weight, gate, saved, wanted, *ctx.options[:3])
+        return *_with_bias(grads, grad_output, bias, needs), None, None
 
 
 # The operator for torch.compile. Its backward pass is an operator, too: torch.compile must not trace it, since it
@@ -280,8 +333,8 @@ def _flops(input: Tensor, weight: Tensor, bias: Any, gate: Any, values: Tensor, 
 def _backward_flops(grad_output: Tensor, input: Tensor, weight: Tensor, gate: Any, *args: Any, **_: Any) -> int:
     """Count a group convolution for the input, and those for the weight and the gates with their groups."""
     sort, nested, (needs_input, needs_weight, needs_gate) = args[-3:]
-    bits = _bits(args[0], sort, nested)
-    groups = [bits.groups] * needs_input
+    plan = grouped.plan(weight, grad_output.dtype, _bits(args[0], sort, nested), needs_gate)
+    groups = [plan.groups] * needs_input
     if needs_weight or needs_gate:
-        groups += grouped.weight_gradient_groups(weight, grad_output.dtype, bits, needs_gate)
+        groups += [plan.wide_groups, *[plan.groups] * len(plan.outside)]
     return sum(2 * grad_output.numel() * weight[0].numel() // number for number in groups)

@@ -1,8 +1,8 @@
-"""The fast form: output and gradients as group convolutions. README.md has the derivation.
+"""The fast form: output and gradients as group convolutions. README.md has the derivation, `plan.py` the views.
 
 Inputs and outputs have their groups in contiguous ranges of channels. `exchange_bits` brings those of an unsorted layer
 into this order. The weight stays as it is: the blocks of all groups are a strided view of it. The neighbour of a group
-across a closed bit is a swap of halves. So there are no caches, and no index tensors except in `exchange_bits`.
+across a closed bit is a swap of halves. So there are no index tensors except in `exchange_bits`.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_dgconv.ops.algebra import Bits, channel_order, closed_first
+from timm_dgconv.ops.plan import Plan, View, make_plan
 
 Size = Sequence[int]
 
@@ -22,16 +23,49 @@ MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 64, ("cud
 """
 
 
+def plan(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> Plan:
+    """Return the plan of a layer.
+
+    Args:
+        weight: Dense weight of shape (C_out, C_in, kernel height, kernel width) in one of the two memory formats.
+        dtype: Dtype of input and output.
+        bits: The bits of the layer.
+        needs_gate: Whether the gates need gradients.
+    """
+    width = MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
+    learns = tuple(gate >= 0 for gate in bits.gates) if needs_gate else (False,) * len(bits.gates)
+    return make_plan(bits.closed, learns, tuple(weight.shape), is_channels_last(weight), width)
+
+
+def group_weights(weight: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return the weights inside of the groups, and those inside of the wide groups if a gate learns from them.
+
+    Args:
+        weight: Dense weight.
+        plan: The plan of the layer.
+        dtype: Dtype of input and output.
+
+    Returns:
+        Weight of shape (C_out, C_in / groups, kernel height, kernel width) in `dtype`. Weight of shape (C_out,
+        C_in / wide groups, kernel height, kernel width) in the dtype of `weight`, or None.
+    """
+    source, view, wide = weight, plan.weights, None
+    if plan.inside:
+        wide = _gather(weight, plan.wide_weights, plan, plan.wide_shape, weight.dtype)
+        source, view = wide, plan.blocks  # they are near to each other in memory, those of the dense weight are not
+    return _gather(source, view if plan.groups > 1 else None, plan, plan.shape, dtype), wide
+
+
 def output(
-    input: Tensor, weight: Tensor, bias: Tensor | None, bits: Bits, stride: Size, padding: Size, dilation: Size
+    input: Tensor, kernel: Tensor, bias: Tensor | None, plan: Plan, stride: Size, padding: Size, dilation: Size
 ) -> Tensor:
     """Compute the output of a layer.
 
     Args:
         input: Input of shape (N, C_in, H, W).
-        weight: Dense weight of shape (C_out, C_in, kernel height, kernel width), in the order of the layer's channels.
+        kernel: The weights inside of the groups, see `group_weights`.
         bias: Bias of shape (C_out,) or None.
-        bits: The bits of the layer.
+        plan: The plan of the layer.
         stride: Vertical and horizontal stride.
         padding: Vertical and horizontal zero padding.
         dilation: Vertical and horizontal dilation.
@@ -40,103 +74,95 @@ def output(
         Output of shape (N, C_out, H_out, W_out).
     """
     bias = None if bias is None else bias.to(input.dtype)
-    kernel = group_weight(weight, *bits.positions, input.dtype)
     # Counters of operations replace F.conv2d (DeepSpeed, calflops). They take no lists.
-    y = F.conv2d(input, kernel, bias, tuple(stride), tuple(padding), tuple(dilation), bits.groups)
-    return in_format(y, is_channels_last(input, weight))
+    y = F.conv2d(input, kernel, bias, tuple(stride), tuple(padding), tuple(dilation), plan.groups)
+    return in_format(y, plan.channels_last or is_channels_last(input))
 
 
 def input_gradient(
-    grad_output: Tensor, input: Tensor, weight: Tensor, bits: Bits, stride: Size, padding: Size, dilation: Size
+    grad: Tensor, x: Tensor, kernel: Tensor, plan: Plan, stride: Size, padding: Size, dilation: Size
 ) -> Tensor:
-    """Compute the gradient of the input, see `output`. The values of `input` do not matter.
+    """Compute the gradient of the input, see `output`. The values of the input `x` do not matter.
 
     Here and below, output gradient and input are in the memory format of the output.
     """
-    kernel = group_weight(weight, *bits.positions, grad_output.dtype)
-    grad = _convolution_backward(0, grad_output, input, kernel, stride, padding, dilation, bits.groups)
-    return in_format(grad, is_channels_last(input, weight))
+    result = _convolution_backward(0, grad, x, kernel, stride, padding, dilation, plan.groups)
+    return in_format(result, plan.channels_last or is_channels_last(x))
 
 
-def weight_and_gate_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bits: Bits,
-    needs_gate: bool,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the gradients of the dense weight and of the gates, see `output`.
-
-    The weight gradient of a group convolution with wider groups has the slopes of all bits inside of its groups. So the
-    last closed bits are merged into the groups: those that nested gates need, and more if the groups are too narrow to
-    be fast. Only the paper's forms need the slope of a closed bit that is not inside. It costs one more group
-    convolution: the output that each group would get from its neighbour, times the output gradient.
+def weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, stride: Size, padding: Size, dilation: Size
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of the weight.
 
     Args:
         grad: Gradient of the output.
         x: Input.
-        weight: Weight.
-        bits: The bits of the layer.
-        needs_gate: Whether to compute the gradient of the gates.
+        weight: Dense weight.
+        plan: The plan of the layer.
         stride: Stride.
         padding: Padding.
         dilation: Dilation.
 
     Returns:
-        Gradient of the weight, which is zero for pairs that are not connected, and gradient of the gates of shape (K,),
-        in single precision at least, or None.
+        Gradient of the dense weight, which is zero for pairs that are not connected, and gradient of the weights inside
+        of the wide groups, from which the gates learn.
     """
-    closed, opened = bits.positions
-    num_outer = _num_outer(weight, grad.dtype, bits, needs_gate)
-    groups, outer, merged = 1 << num_outer, closed[:num_outer], closed[num_outer:]
-    inner = [*merged, *opened]
-    like = _empty_weight(weight, groups, grad.dtype)  # only its shape and memory format matter
-    wide = _convolution_backward(1, grad, x, like, stride, padding, dilation, groups)
-    grad_weight = torch.zeros_like(weight) if closed else wide.to(weight.dtype)
-    num_bits = len(bits.closed)
-    if closed:  # the channels of `wide` have their closed bits first
-        blocks = _pairs(wide, range(len(closed)), range(len(closed), num_bits), num_outer=num_outer)
-        _pairs(grad_weight, closed, opened).copy_(blocks)
-    if not needs_gate:
-        return grad_weight, None
-    # A gradient is a sum over many values, for which half precision is too coarse.
+    like = _empty(weight, plan, plan.wide_shape, grad.dtype)  # only its shape and memory format matter
+    wide = _convolution_backward(1, grad, x, like, stride, padding, dilation, plan.wide_groups)
+    wide = in_format(wide, plan.channels_last)
+    if plan.groups == 1:
+        return wide.to(weight.dtype), wide
+    grad_weight = torch.zeros_like(weight)
+    plan.weights.of(grad_weight).copy_(plan.blocks.of(wide))
+    return grad_weight, wide
+
+
+def gate_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wide_weight: Tensor | None,
+    wide_grad: Tensor,
+    bits: Bits,
+    plan: Plan,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+) -> Tensor:
+    """Compute the gradients of the gates.
+
+    The slope of a bit inside of the wide groups is a sum over weights times their gradients. Another one costs a group
+    convolution: the output that each group would get from its neighbour, times the output gradient.
+
+    Args:
+        grad: Gradient of the output.
+        x: Input.
+        weight: Dense weight.
+        wide_weight: The weights inside of the wide groups, see `group_weights`, or None if no bit inside learns.
+        wide_grad: Their gradient.
+        bits: The bits of the layer.
+        plan: The plan of the layer.
+        stride: Stride.
+        padding: Padding.
+        dilation: Dilation.
+
+    Returns:
+        Gradient of shape (K,), in single precision at least.
+    """
+    # A slope is a sum over many values, for which half precision is too coarse.
     dtype = torch.promote_types(torch.promote_types(weight.dtype, grad.dtype), torch.float32)
-    slopes = torch.zeros(num_bits, dtype=dtype, device=weight.device)
-    if not bits.learn:
-        return grad_weight, slopes
-    products = (group_weight(weight, outer, inner, dtype) * wide).unflatten(0, (groups, -1))
-    if groups == 1 or is_channels_last(wide):  # sums in the order of the memory are up to eight times as fast
-        inside = products.sum((-2, -1), keepdim=True).sum(0)
-    else:
-        inside = products.sum(0).sum((-2, -1), keepdim=True)
-    for position, bit in enumerate((*closed, *opened)):
-        gate, place = bits.gates[bit], position - num_outer
-        if gate >= 0 and place >= 0:
-            agree = sorted({*range(len(merged)), place})
-            free = [other for other in range(len(merged), len(inner)) if other != place]
-            _sum(_pairs(inside, agree, free, across=place), slopes[gate])
-        elif gate >= 0:
-            kernel = group_weight(weight, closed, opened, x.dtype, across=bit)
-            y = torch.conv2d(swap_halves(x, position), kernel, None, stride, padding, dilation, bits.groups)
-            _sum(y.to(dtype) * grad, slopes[gate])
-    return grad_weight, slopes
-
-
-def weight_gradient_groups(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> list[int]:
-    """Return the number of groups of each convolution in `weight_and_gate_gradients`."""
-    closed, _ = bits.positions
-    outer = closed[: _num_outer(weight, dtype, bits, needs_gate)]
-    return [1 << len(outer)] + [bits.groups] * (needs_gate * sum(bits.gates[bit] >= 0 for bit in outer))
-
-
-def _num_outer(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> int:
-    """Return how many closed bits identify a group in the convolution for the weight gradient."""
-    width = MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
-    fast = (weight.shape[1] // width).bit_length() - 1
-    return max(min(sum(bits.closed) - (needs_gate and bits.learn), fast), 0)
+    slopes = torch.zeros(len(bits.gates), dtype=dtype, device=weight.device)
+    if wide_weight is not None:
+        w = wide_weight.to(dtype)
+        sums = (w * wide_grad).sum((2, 3), keepdim=True) if plan.sum_kernel else None
+        for bit, pairs in plan.inside:
+            _sum(pairs.of(w) * pairs.of(wide_grad) if sums is None else pairs.of(sums), slopes[bits.gates[bit]])
+    for bit, position, pairs in plan.outside:
+        kernel = _gather(weight, pairs, plan, plan.shape, x.dtype)
+        y = torch.conv2d(swap_halves(x, position), kernel, None, stride, padding, dilation, plan.groups)
+        _sum(y.to(dtype) * grad, slopes[bits.gates[bit]])
+    return slopes
 
 
 def diagonal_blocks(products: Tensor, groups: int, dim: int = 0) -> Tensor:
@@ -159,62 +185,20 @@ def _sum(x: Tensor, out: Tensor) -> None:
     torch.sum(x, tuple(range(x.ndim)), out=out)
 
 
-def _pairs(
-    weight: Tensor, agree: Sequence[int], free: Sequence[int], across: int | None = None, num_outer: int = 0
-) -> Tensor:
-    """Return a view of certain pairs of an output and an input channel of a weight, with a dimension for each bit.
-
-    Args:
-        weight: Weight of shape (C_out, C_in / 2^num_outer, kernel height, kernel width).
-        agree: Bits in which the channels of a pair agree.
-        free: All other bits.
-        across: One of the bits in `agree`, in which the channels of a pair differ instead.
-        num_outer: Number of bits before those of the input channels. They identify the group of a group convolution.
-
-    Returns:
-        View with these dimensions: the bits of `agree` of the output; the bits of `free` and q of the output; the same
-        of the input; kernel height; kernel width.
-    """
-    last = len(agree) + len(free) - 1
-    (out_stride, in_stride), q_out = weight.stride()[:2], weight.shape[0] >> last + 1
-    q_in = weight.shape[1] >> last + 1 - num_outer
-    out_step, in_step = q_out * out_stride, q_in * in_stride
-    size, stride, offset = [], [], weight.storage_offset()
-    for bit in agree:
-        size.append(2)
-        stride.append(out_step + (in_step if bit >= num_outer else 0) << last - bit)
-    if across is not None:  # output bit 0 with input bit 1, then output bit 1 with input bit 0
-        stride[agree.index(across)] = out_step - in_step << last - across
-        offset += in_step << last - across
-    for q, step, q_stride in ((q_out, out_step, out_stride), (q_in, in_step, in_stride)):
-        size += [*(2 for _ in free), q]
-        stride += [*(step << last - bit for bit in free), q_stride]
-    return weight.as_strided((*size, *weight.shape[2:]), (*stride, *weight.stride()[2:]), offset)
-
-
-def group_weight(
-    weight: Tensor, closed: Sequence[int], opened: Sequence[int], dtype: torch.dtype, across: int | None = None
-) -> Tensor:
-    """Return the weight of a group convolution, in the memory format of a dense weight.
-
-    Args:
-        weight: Weight of shape (C_out, C_in, kernel height, kernel width).
-        closed: The bits that identify a group, the most significant one first.
-        opened: The other bits, in the order of the channels of a group.
-        dtype: Dtype of the result.
-        across: One of the closed bits. Then the weights join the inputs of each group to the outputs of its neighbour
-            across this bit.
-
-    Returns:
-        Weight of shape (C_out, C_in / groups, kernel height, kernel width).
-    """
-    if not closed and list(opened) == sorted(opened):
+def _gather(weight: Tensor, view: View | None, plan: Plan, shape: Size, dtype: torch.dtype) -> Tensor:
+    """Return a view of a weight as the weight of a group convolution, in the memory format of the dense weight."""
+    if view is None:
         return weight.to(dtype)
-    result, pairs = _empty_weight(weight, 1 << len(closed), dtype), _pairs(weight, closed, opened, across)
-    if pairs.stride(-1) > 1 and [*closed, *opened] != sorted((*closed, *opened)):
-        pairs = pairs.contiguous()  # in channels_last an inner loop over the kernel is faster than one over a bit
-    result.view(pairs.shape).copy_(pairs)
+    result, source = _empty(weight, plan, shape, dtype), view.of(weight)
+    if plan.channels_last and not plan.is_sorted:
+        source = source.contiguous()  # an inner loop over the kernel is faster than one over a bit
+    result.view(view.size).copy_(source)
     return result
+
+
+def _empty(weight: Tensor, plan: Plan, shape: Size, dtype: torch.dtype) -> Tensor:
+    memory_format = torch.channels_last if plan.channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=memory_format)
 
 
 def swap_halves(x: Tensor, bit: int) -> Tensor:
@@ -249,19 +233,12 @@ def exchange_bits(x: Tensor, closed: Sequence[bool], dim: int = 1, inverse: bool
     return result
 
 
-def _empty_weight(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    out_channels, in_channels, *kernel_size = weight.shape
-    memory_format = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
-    size = (out_channels, in_channels // groups, *kernel_size)
-    return torch.empty(size, dtype=dtype, device=weight.device, memory_format=memory_format)
-
-
 def _convolution_backward(
     which: int, grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padding: Size, dilation: Size, groups: int
 ) -> Tensor:
     """Return the gradient of the input (0) or of the weight (1) of a group convolution."""
-    args = (None, stride, padding, dilation, False, [0], groups, [which == 0, which == 1, False])
-    return torch.ops.aten.convolution_backward(grad, x, weight, *args)[which]
+    args = (None, stride, padding, dilation, False, (0, 0), groups, (which == 0, which == 1, False))
+    return torch.ops.aten.convolution_backward.default(grad, x, weight, *args)[which]
 
 
 def in_format(x: Tensor, channels_last: bool) -> Tensor:
