@@ -161,19 +161,19 @@ def _saved_gradients(
     grad, x = grouped.in_format(grad_output, channels_last), grouped.in_format(input, channels_last)
     if not plan.is_sorted:
         grad, x = (grouped.exchange_bits(tensor, bits.closed) for tensor in (grad, x))
-    grad_input = grad_weight = grad_gate = None
+    grad_weight = grad_gate = None
     with _without_autocast(input):
-        if needs_input:
-            grad_input = grouped.input_gradient(grad, x, kernel, plan, *geometry)
-            if not plan.is_sorted:
-                grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
-        if needs_weight or needs_gate:
+        needs = (needs_input, needs_weight or needs_gate)
+        grad_input, grad_wide = grouped.convolution_gradients(grad, x, kernel, plan, *needs, *geometry)
+        if grad_input is not None and not plan.is_sorted:
+            grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
+        if grad_wide is not None:
             w = _dense(weight)
-            grad_weight, wide_grad = grouped.weight_gradient(grad, x, w, plan, *geometry)
+            grad_weight = grouped.dense_gradient(grad_wide, w, plan)
             if grad_weight.stride() != weight.stride():
                 grad_weight = torch.empty_like(weight).copy_(grad_weight)
             if needs_gate:
-                grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, wide_grad, bits, plan, *geometry)
+                grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, grad_wide, bits, plan, *geometry)
                 grad_gate = grad_gate.to(gate.dtype)
     return [grad_input, grad_weight, grad_gate]
 

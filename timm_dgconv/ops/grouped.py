@@ -16,7 +16,7 @@ from timm_dgconv.ops.plan import Plan, View, make_plan
 
 Size = Sequence[int]
 
-MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 64, ("cuda", True): 2048}
+MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 16, ("cuda", False): 64, ("cuda", True): 2048}
 """Device type and whether the dtype has 16 bits -> channels per group from which a weight gradient is fast.
 
 `python benchmarks/bench.py layers` measures it. benchmarks/results/gpu.md has the figures of 16 bits on CUDA.
@@ -79,43 +79,54 @@ def output(
     return in_format(y, plan.channels_last or is_channels_last(input))
 
 
-def input_gradient(
-    grad: Tensor, x: Tensor, kernel: Tensor, plan: Plan, stride: Size, padding: Size, dilation: Size
-) -> Tensor:
-    """Compute the gradient of the input, see `output`. The values of the input `x` do not matter.
-
-    Here and below, output gradient and input are in the memory format of the output.
-    """
-    result = _convolution_backward(0, grad, x, kernel, stride, padding, dilation, plan.groups)
-    return in_format(result, plan.channels_last or is_channels_last(x))
-
-
-def weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, stride: Size, padding: Size, dilation: Size
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradient of the weight.
+def convolution_gradients(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    plan: Plan,
+    needs_input: bool,
+    needs_weight: bool,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients of the input, and of the weights inside of the wide groups, if they are needed.
 
     Args:
-        grad: Gradient of the output.
-        x: Input.
-        weight: Dense weight.
+        grad: Gradient of the output. Here and below, it has the memory format of the output.
+        x: Input, in the same memory format.
+        kernel: The weights inside of the groups, see `group_weights`.
         plan: The plan of the layer.
-        stride: Stride.
-        padding: Padding.
-        dilation: Dilation.
-
-    Returns:
-        Gradient of the dense weight, which is zero for pairs that are not connected, and gradient of the weights inside
-        of the wide groups, from which the gates learn.
+        needs_input: Whether to compute the gradient of the input.
+        needs_weight: Whether to compute that of the weights.
+        stride: See `output`.
+        padding: See `output`.
+        dilation: See `output`.
     """
-    like = _empty(weight, plan, plan.wide_shape, grad.dtype)  # only its shape and memory format matter
-    wide = _convolution_backward(1, grad, x, like, stride, padding, dilation, plan.wide_groups)
-    wide = in_format(wide, plan.channels_last)
+
+    def gradients(weight: Tensor, groups: int, mask: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        args = (None, stride, padding, dilation, False, (0, 0), groups, mask)
+        return torch.ops.aten.convolution_backward.default(grad, x, weight, *args)
+
+    if plan.groups == plan.wide_groups:  # torch reads `grad` once
+        grad_input, grad_wide, _ = gradients(kernel, plan.groups, (needs_input, needs_weight, False))
+    else:
+        grad_input = gradients(kernel, plan.groups, (True, False, False))[0] if needs_input else None
+        like = _empty(kernel, plan, plan.wide_shape, grad.dtype)  # only its shape and memory format matter
+        grad_wide = gradients(like, plan.wide_groups, (False, True, False))[1] if needs_weight else None
+    return (
+        None if grad_input is None else in_format(grad_input, plan.channels_last or is_channels_last(x)),
+        None if grad_wide is None else in_format(grad_wide, plan.channels_last),
+    )
+
+
+def dense_gradient(grad_wide: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """Return the gradient of the dense weight: that of the weights inside of the groups, and zeros elsewhere."""
     if plan.groups == 1:
-        return wide.to(weight.dtype), wide
-    grad_weight = torch.zeros_like(weight)
-    plan.weights.of(grad_weight).copy_(plan.blocks.of(wide))
-    return grad_weight, wide
+        return grad_wide.to(weight.dtype)
+    result = torch.zeros_like(weight)
+    plan.weights.of(result).copy_(plan.blocks.of(grad_wide))
+    return result
 
 
 def gate_gradient(
@@ -123,7 +134,7 @@ def gate_gradient(
     x: Tensor,
     weight: Tensor,
     wide_weight: Tensor | None,
-    wide_grad: Tensor,
+    grad_wide: Tensor,
     bits: Bits,
     plan: Plan,
     stride: Size,
@@ -140,12 +151,12 @@ def gate_gradient(
         x: Input.
         weight: Dense weight.
         wide_weight: The weights inside of the wide groups, see `group_weights`, or None if no bit inside learns.
-        wide_grad: Their gradient.
+        grad_wide: Their gradient.
         bits: The bits of the layer.
         plan: The plan of the layer.
-        stride: Stride.
-        padding: Padding.
-        dilation: Dilation.
+        stride: See `output`.
+        padding: See `output`.
+        dilation: See `output`.
 
     Returns:
         Gradient of shape (K,), in single precision at least.
@@ -155,9 +166,9 @@ def gate_gradient(
     slopes = torch.zeros(len(bits.gates), dtype=dtype, device=weight.device)
     if wide_weight is not None:
         w = wide_weight.to(dtype)
-        sums = (w * wide_grad).sum((2, 3), keepdim=True) if plan.sum_kernel else None
+        sums = (w * grad_wide).sum((2, 3), keepdim=True) if plan.sum_kernel else None
         for bit, pairs in plan.inside:
-            _sum(pairs.of(w) * pairs.of(wide_grad) if sums is None else pairs.of(sums), slopes[bits.gates[bit]])
+            _sum(pairs.of(w) * pairs.of(grad_wide) if sums is None else pairs.of(sums), slopes[bits.gates[bit]])
     for bit, position, pairs in plan.outside:
         kernel = _gather(weight, pairs, plan, plan.shape, x.dtype)
         y = torch.conv2d(swap_halves(x, position), kernel, None, stride, padding, dilation, plan.groups)
@@ -231,14 +242,6 @@ def exchange_bits(x: Tensor, closed: Sequence[bool], dim: int = 1, inverse: bool
     unsorted = unsorted.permute(dims)
     (unsorted if inverse else ordered).copy_(ordered if inverse else unsorted)
     return result
-
-
-def _convolution_backward(
-    which: int, grad: Tensor, x: Tensor, weight: Tensor, stride: Size, padding: Size, dilation: Size, groups: int
-) -> Tensor:
-    """Return the gradient of the input (0) or of the weight (1) of a group convolution."""
-    args = (None, stride, padding, dilation, False, (0, 0), groups, (which == 0, which == 1, False))
-    return torch.ops.aten.convolution_backward.default(grad, x, weight, *args)[which]
 
 
 def in_format(x: Tensor, channels_last: bool) -> Tensor:
