@@ -5,7 +5,8 @@
     python benchmarks/study.py --report                   # table and figure of the finished runs
     python benchmarks/study.py --data-dir data --forms    # the forms of gates, with two optimizers
     python benchmarks/study.py --data-dir data --costs    # networks with the same multiply-adds, and their times
-    python benchmarks/study.py --report --forms           # the table of the forms, or of --costs
+    python benchmarks/study.py --data-dir data --pairs    # the same with two images side by side, as a hundred classes
+    python benchmarks/study.py --report --forms           # the table of the forms, of --costs or of --pairs
     python benchmarks/study.py --data-dir data --model g_resnet18     # another network
 
 `--data-dir` is the folder with FashionMNIST/raw, as torchvision writes it. `--download` fetches the images. The files
@@ -14,9 +15,9 @@ of Debian's package dataset-fashion-mnist work, too:
     mkdir -p data/FashionMNIST/raw && cp /usr/share/datasets/fashion-mnist/*.gz data/FashionMNIST/raw
     gunzip data/FashionMNIST/raw/*.gz
 
-Each finished run is one row of study.json in `--output` (or of study_forms.json, study_costs.json), and a second call
-skips it. A row has top-1 and the flips of gates for each epoch, and the rest as it is after the last epoch. The most
-important runs come first. The pruned networks need torch-pruning.
+Each finished run is one row of study.json in `--output` (or of study_forms.json, study_costs.json, study_pairs.json),
+and a second call skips it. A row has top-1 and the flips of gates for each epoch, and the rest as it is after the last
+epoch. The most important runs come first. The pruned networks need torch-pruning.
 """
 
 import argparse
@@ -39,18 +40,21 @@ import timm
 import torch
 from huggingface_hub.utils import tqdm
 from matplotlib.figure import Figure
+from PIL import Image
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed, reparameterize_model
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_dgconv import DGConv2d, compact, constrained_loss, demo, group_report, groupable, layer_groups, steer
 from timm_dgconv.layers.checkpoints import PRETRAINED_GATE
 from timm_dgconv.runtimes import RUNTIMES
 
-DATA: dict[str, Any] = dict(input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
+IMAGE, PAIR = (1, 28, 28), (1, 28, 56)
+DATA: dict[str, Any] = dict(input_size=IMAGE, crop_pct=1.0, mean=(0.286,), std=(0.353,))
 NETS: dict[str, dict[str, Any]] = {
     "g_resnext50": dict(layers=(2, 2, 2, 2), channels=(16, 16, 32, 64)),  # 3x3 layers of 32, 32, 64 and 128 channels
     "g_resnet18": dict(channels=(32, 64, 128, 256)),
@@ -88,7 +92,9 @@ ARGS = LEARNED | {name: LEARNED["held, settled"] | form for name, form in FORMS.
 COMPARED = ["fixed", "random", "held", "paper"]
 PRUNED = {"pruned": None, "pruned, 3/4": 3 / 4, "pruned to the target": TARGET, "pruned to multiples of 8": TARGET}
 """Variants that are pruned, with their share of the dense network's multiply-adds. None is the share of "fixed"."""
-VARIANTS = ["dense", *COMPARED, *PRUNED, *(name for name in ARGS if name not in COMPARED), PRUNED_FIRST]
+NARROW = "narrow"
+"""This variant has fewer channels in all layers, and one group."""
+VARIANTS = ["dense", NARROW, *COMPARED, *PRUNED, *(name for name in ARGS if name not in COMPARED), PRUNED_FIRST]
 PROGRAMS = [(name, batch_size) for name in ("eager", "onnxruntime") for batch_size in (1, 16)]
 """What measures the times of the deployed networks, and for how many images."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -151,6 +157,41 @@ def cost_runs(model: str, seeds: Sequence[int]) -> list[Run]:
     return result
 
 
+def pair_runs(model: str, seeds: Sequence[int]) -> list[Run]:
+    """Return the runs with pairs of images, at half of the multiply-adds."""
+    result = [Run(model, "scratch", "dense", 1.0, seed) for seed in seeds]
+    for seed in seeds:
+        result += [Run(model, "scratch", name, 1 / 2, seed) for name in (NARROW, "fixed")]
+        names = ("learned, settled early", "pruned to the target", "fixed")
+        result += [Run(model, "dense", name, 1 / 2, seed) for name in names]
+    return result
+
+
+class Pairs(Dataset[tuple[Any, int]]):
+    """Pairs of images side by side. The class says what is on the left and what is on the right.
+
+    Args:
+        images: The images, and their classes. Each one is on the left once, and on the right once.
+        transform: Applied to a pair.
+    """
+
+    def __init__(self, images: Any, transform: Any = None) -> None:
+        self.images, self.transform = images, transform
+        self.right = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return a pair and its class."""
+        (left, a), (right, b) = self.images[index], self.images[self.right[index]]
+        pair = Image.new(left.mode, (left.width + right.width, left.height))
+        pair.paste(left, (0, 0))
+        pair.paste(right, (left.width, 0))
+        return self.transform(pair), 10 * a + b
+
+
 def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
     """Return the network at the beginning of a run.
 
@@ -164,7 +205,9 @@ def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
     values = {TARGET: run.target, SETTLED: round(SETTLE * steps), SETTLED_EARLY: round(SETTLE * steps / 3)}
     kwargs = {key: values.get(value, value) for key, value in ARGS.get(run.variant, {}).items()}
     kwargs |= NETS[run.model]
-    model = timm.create_model(run.model, in_chans=1, num_classes=10, pretrained_cfg_overlay=DATA, **kwargs)
+    if run.variant == NARROW:
+        return narrow(run)
+    model = create(run.model, **kwargs)
     if dense:
         model.load_state_dict(dense)
     if dense or run.variant not in ARGS:
@@ -183,6 +226,25 @@ def build(run: Run, dense: dict[str, Tensor], steps: int) -> nn.Module:
         close_gates(model, run.target, shuffle=run.variant == "random")
         return compact(model)
     return model
+
+
+def create(name: str, **kwargs: Any) -> nn.Module:
+    """Return a network for the images."""
+    num_classes = 10 if DATA["input_size"] == IMAGE else 100
+    return timm.create_model(name, in_chans=1, num_classes=num_classes, pretrained_cfg_overlay=DATA, **kwargs)
+
+
+def narrow(run: Run) -> nn.Module:
+    """Return the widest network with one group and at most the share of the multiply-adds."""
+    kwargs = NETS[run.model]
+    channels, nets = kwargs["channels"], []
+    for width in range(channels[0] // 2, channels[0] + 1):
+        widths = dict(channels=tuple(width * c // channels[0] for c in channels), cardinality=1, base_width=128)
+        net = create(run.model, **kwargs | widths)  # 3x3 layers of twice the channels, as those of g_resnext50
+        bench.set_groups(net, 1)
+        nets.append(compact(net))
+    goal = run.target * multiply_adds(nets[-1])
+    return [net for net in nets if multiply_adds(net) <= goal][-1]
 
 
 def dgconvs(model: nn.Module) -> list[DGConv2d]:
@@ -249,16 +311,21 @@ def prune(model: nn.Module, run: Run) -> nn.Module:
 def train(run: Run, args: argparse.Namespace) -> bench.Row:
     """Train with timm's parts, and return the row of the run."""
     torch.set_num_threads(1)
+    DATA["input_size"] = PAIR if args.pairs else IMAGE  # this is another process
     start = time.monotonic()
     device = torch.device(args.device)
-    saved = args.output / f"dense-{run.model}-{run.optimizer}-{run.seed}.pt"
+    saved = args.output / f"dense-{run.model}-{run.optimizer}-{run.seed}{'-pairs' * args.pairs}.pt"
     dense = torch.load(saved) if run.start == "dense" else {}
     epochs = args.epochs if run.start == "scratch" else args.epochs // 2
     steps_per_epoch = args.images // args.batch_size
     model = build(run, dense, epochs * steps_per_epoch).to(device, memory_format=torch.channels_last)
+    images = [
+        create_dataset("torch/fashion_mnist", args.data_dir, split=split, download=args.download)
+        for split in ("train", "validation")
+    ]
     loaders = [
         create_loader(
-            create_dataset("torch/fashion_mnist", args.data_dir, split=split, download=args.download),
+            Pairs(dataset) if args.pairs else dataset,
             batch_size=args.batch_size if split == "train" else 500,
             is_training=split == "train",
             no_aug=True,
@@ -267,7 +334,7 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
             persistent_workers=False,
             device=device,
         )
-        for split in ("train", "validation")
+        for split, dataset in zip(("train", "validation"), images, strict=True)
     ]
     random_seed(run.seed)
     rates = RATES[run.optimizer]
@@ -307,7 +374,7 @@ def train(run: Run, args: argparse.Namespace) -> bench.Row:
     averaged = round(demo.evaluate(average.module, loaders[1], device)[0], 2)
     if (run.start, run.variant) == ("scratch", "dense"):
         torch.save(model.state_dict(), saved)
-    if args.costs:
+    if args.costs:  # to measure times
         torch.save(reparameterize_model(model.eval()), args.output / file_name(run))
     result = dict(top1=top1, top1_averaged=averaged, flips=flips, seconds=round(time.monotonic() - start))
     return {**run._asdict(), **result, **snapshot(model, run.variant in PRUNED)}
@@ -478,6 +545,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part")
     parser.add_argument("--forms", action="store_true", help="compare the forms of gates")
     parser.add_argument("--costs", action="store_true", help="compare networks with the same multiply-adds")
+    parser.add_argument("--pairs", action="store_true", help="two images side by side, at half of the multiply-adds")
     parser.add_argument("--rounds", type=int, default=0, help="with --costs, measure times in so many rounds")
     parser.add_argument("--targets", type=Fraction, nargs="+", default=[Fraction(1, 8)], help="with --forms")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS, help="with --forms")
@@ -487,7 +555,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.output.mkdir(exist_ok=True)
-    path = args.output / f"study{'_forms' * args.forms or '_costs' * args.costs}.json"
+    path = args.output / f"study{'_forms' * args.forms or '_costs' * args.costs or '_pairs' * args.pairs}.json"
     rows: list[bench.Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {tuple(row[key] for key in Run._fields) for row in rows}
     wanted = [] if args.report else runs(args.model, args.seeds, args.quick)
@@ -495,6 +563,8 @@ def main() -> None:
         wanted = form_runs(args.model, args.seeds, list(map(float, args.targets)), args.optimizers)
     elif args.costs and not args.report:
         wanted = cost_runs(args.model, args.seeds)
+    elif args.pairs and not args.report:
+        wanted = pair_runs(args.model, args.seeds)
     todo = [run for run in wanted if run not in done and run.variant in (args.variants or VARIANTS)]
     needed = [run for run in todo if (run.start, run.variant) == ("scratch", "dense")]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, tqdm(total=len(todo)) as bar:
@@ -508,7 +578,7 @@ def main() -> None:
         bench.save(rows, path, args.device)
     rows = [row for row in rows if row["model"] == args.model]
     print(table(rows))
-    if args.model == "g_resnext50" and not args.forms and not args.costs:
+    if args.model == "g_resnext50" and not (args.forms or args.costs or args.pairs):
         plot(rows, args.output / "study.png")
 
 
