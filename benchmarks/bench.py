@@ -138,14 +138,14 @@ def summary(times: Sequence[float], baseline: Sequence[float]) -> Row:
 def layers(args: argparse.Namespace) -> list[Row]:
     """Measure forward and backward of a 3x3 layer for each width, memory format, number of groups and merged width.
 
-    The input has the height and width of the features of this width in a ResNeXt for images of 160 pixels, at most 40.
-    In the rows, the way "policy" has the groups that the layer chooses for the weight gradient, the way "16" has groups
-    of at least 16 channels there.
+    By default the input has the height and width of the features of this width in a ResNeXt for images of 160 pixels,
+    at most 40. With few pixels and one thread, the rows have the time of the host. The way "policy" has the groups that
+    the layer chooses for the weight gradient, the way "16" has groups of at least 16 channels there.
     """
     rows = []
     like: Any = dict(device=args.device, dtype=DTYPES[args.dtype])
     for width, name in itertools.product(args.widths, args.formats):
-        side = max(1, min(40, 5120 // width))
+        side = args.side or max(1, min(40, 5120 // width))
         x = torch.randn(args.batch_size, width, side, side, **like).to(memory_format=FORMATS[name]).requires_grad_()
         grad = torch.randn_like(x)
         conv = DGConv2d(width, width, 3, padding=1, bias=False, **like)
@@ -345,6 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--widths", type=int, nargs="*", default=[128, 256, 512, 1024], metavar="C", help="channels of layers"
     )
+    parser.add_argument("--side", type=int, metavar="N", help="height and width of the input of layers")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each network or layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     return parser
