@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from timm_dgconv import _compat
 from timm_dgconv.ops import grouped
 from timm_dgconv.ops.algebra import Bits, read_bits
-from timm_dgconv.ops.grouped import Size, is_channels_last
+from timm_dgconv.ops.grouped import Geometry, Size, is_channels_last
 from timm_dgconv.ops.naive import masked_conv2d
 from timm_dgconv.ops.plan import Plan
 
@@ -109,22 +109,21 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def _output(
     input: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, values: Tensor | Sequence[float], *options: Any
 ) -> Tensor:
-    *geometry, sort, nested = options
-    return _forward(input, weight, bias, _bits(values, sort, nested), *geometry, needs_gate=False)[0]
+    return _forward(input, weight, bias, _bits(values, *options[3:]), options[:3], needs_gate=False)[0]
 
 
 def _forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, bits: Bits, *geometry: Size, needs_gate: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, bits: Bits, geometry: Geometry, needs_gate: bool
 ) -> tuple[Tensor, Plan, Tensor, Tensor | None]:
     """Return the output, and what the backward pass needs: the plan and `grouped.group_weights`."""
     weight = _dense(weight)
     plan = grouped.plan(weight, input.dtype, bits, needs_gate)
     kernel, wide_weight = grouped.group_weights(weight, plan, input.dtype)
     if plan.is_sorted:
-        return grouped.output(input, kernel, bias, plan, *geometry), plan, kernel, wide_weight
+        return grouped.output(input, kernel, bias, plan, geometry), plan, kernel, wide_weight
     x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
     bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
-    y = grouped.output(x, kernel, bias, plan, *geometry)
+    y = grouped.output(x, kernel, bias, plan, geometry)
     return grouped.exchange_bits(y, bits.closed, inverse=True), plan, kernel, wide_weight
 
 
@@ -136,12 +135,11 @@ def _gradients(
     values: Tensor | Sequence[float],
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *geometry, sort, nested, needs = options
-    w = _dense(weight)
-    bits = _bits(values, sort, nested)
+    *_, sort, nested, needs = options
+    w, bits = _dense(weight), _bits(values, sort, nested)
     plan = grouped.plan(w, grad_output.dtype, bits, needs[2])
     saved = (bits, plan, *grouped.group_weights(w, plan, grad_output.dtype))
-    grads = _saved_gradients(grad_output, input, weight, gate, saved, needs, *geometry)
+    grads = _saved_gradients(grad_output, input, weight, gate, saved, options[:3], needs)
     return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -151,8 +149,8 @@ def _saved_gradients(
     weight: Tensor,
     gate: Tensor,
     saved: tuple[Bits, Plan, Tensor, Tensor | None],
+    geometry: Geometry,
     needs: Sequence[bool],
-    *geometry: Size,
 ) -> list[Tensor | None]:
     """Return the gradients of input, weight and gates that are needed."""
     bits, plan, kernel, wide_weight = saved
@@ -164,7 +162,7 @@ def _saved_gradients(
     grad_weight = grad_gate = None
     with _without_autocast(input):
         needs = (needs_input, needs_weight or needs_gate)
-        grad_input, grad_wide = grouped.convolution_gradients(grad, x, kernel, plan, *needs, *geometry)
+        grad_input, grad_wide = grouped.convolution_gradients(grad, x, kernel, plan, geometry, *needs)
         if grad_input is not None and not plan.is_sorted:
             grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
         if grad_wide is not None:
@@ -173,7 +171,7 @@ def _saved_gradients(
             if grad_weight.stride() != weight.stride():
                 grad_weight = torch.empty_like(weight).copy_(grad_weight)
             if needs_gate:
-                grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, grad_wide, bits, plan, *geometry)
+                grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, grad_wide, bits, plan, geometry)
                 grad_gate = grad_gate.to(gate.dtype)
     return [grad_input, grad_weight, grad_gate]
 
@@ -248,9 +246,9 @@ class _DGConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # not through torch's dispatcher, which takes as long as a layer
         input, weight, bias, gate, ctx.values, ctx.options = inputs
-        *geometry, sort, nested = ctx.options
-        ctx.bits = _bits(ctx.values, sort, nested)
-        y, ctx.plan, *weights = _forward(input, weight, bias, ctx.bits, *geometry, needs_gate=ctx.needs_input_grad[3])
+        ctx.bits = _bits(ctx.values, *ctx.options[3:])
+        needs_gate = ctx.needs_input_grad[3]
+        y, ctx.plan, *weights = _forward(input, weight, bias, ctx.bits, ctx.options[:3], needs_gate)
         ctx.save_for_backward(input, weight, bias, gate, *weights)
         return y
 
@@ -263,7 +261,7 @@ class _DGConv2d(torch.autograd.Function):
             return *_op_gradients(grad_output, tensors, _on_host(ctx.values), ctx.options, needs), None, None
         input, weight, bias, gate = tensors
         saved, wanted = (ctx.bits, ctx.plan, kernel, wide_weight), (needs[0], needs[1], needs[3])
-        grads = _saved_gradients(grad_output, input, weight, gate, saved, wanted, *ctx.options[:3])
+        grads = _saved_gradients(grad_output, input, weight, gate, saved, ctx.options[:3], wanted)
         return *_with_bias(grads, grad_output, bias, needs), None, None
 
 

@@ -15,6 +15,8 @@ from timm_dgconv.ops.algebra import Bits, channel_order, closed_first
 from timm_dgconv.ops.plan import Plan, View, make_plan
 
 Size = Sequence[int]
+Geometry = tuple[Size, Size, Size]
+"""Vertical and horizontal stride, zero padding, and dilation."""
 
 MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 16, ("cuda", False): 64, ("cuda", True): 2048}
 """Device type and whether the dtype has 16 bits -> channels per group from which a weight gradient is fast.
@@ -56,9 +58,7 @@ def group_weights(weight: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tenso
     return _gather(source, view if plan.groups > 1 else None, plan, plan.shape, dtype), wide
 
 
-def output(
-    input: Tensor, kernel: Tensor, bias: Tensor | None, plan: Plan, stride: Size, padding: Size, dilation: Size
-) -> Tensor:
+def output(input: Tensor, kernel: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
     """Compute the output of a layer.
 
     Args:
@@ -66,29 +66,20 @@ def output(
         kernel: The weights inside of the groups, see `group_weights`.
         bias: Bias of shape (C_out,) or None.
         plan: The plan of the layer.
-        stride: Vertical and horizontal stride.
-        padding: Vertical and horizontal zero padding.
-        dilation: Vertical and horizontal dilation.
+        geometry: Stride, padding and dilation.
 
     Returns:
         Output of shape (N, C_out, H_out, W_out).
     """
     bias = None if bias is None else bias.to(input.dtype)
     # Counters of operations replace F.conv2d (DeepSpeed, calflops). They take no lists.
-    y = F.conv2d(input, kernel, bias, tuple(stride), tuple(padding), tuple(dilation), plan.groups)
+    stride, padding, dilation = map(tuple, geometry)
+    y = F.conv2d(input, kernel, bias, stride, padding, dilation, plan.groups)
     return in_format(y, plan.channels_last or is_channels_last(input))
 
 
 def convolution_gradients(
-    grad: Tensor,
-    x: Tensor,
-    kernel: Tensor,
-    plan: Plan,
-    needs_input: bool,
-    needs_weight: bool,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
+    grad: Tensor, x: Tensor, kernel: Tensor, plan: Plan, geometry: Geometry, needs_input: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of the input, and of the weights inside of the wide groups, if they are needed.
 
@@ -97,27 +88,30 @@ def convolution_gradients(
         x: Input, in the same memory format.
         kernel: The weights inside of the groups, see `group_weights`.
         plan: The plan of the layer.
+        geometry: Stride, padding and dilation.
         needs_input: Whether to compute the gradient of the input.
         needs_weight: Whether to compute that of the weights.
-        stride: See `output`.
-        padding: See `output`.
-        dilation: See `output`.
     """
-
-    def gradients(weight: Tensor, groups: int, mask: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-        args = (None, stride, padding, dilation, False, (0, 0), groups, mask)
-        return torch.ops.aten.convolution_backward.default(grad, x, weight, *args)
-
     if plan.groups == plan.wide_groups:  # torch reads `grad` once
-        grad_input, grad_wide, _ = gradients(kernel, plan.groups, (needs_input, needs_weight, False))
+        grad_input, grad_wide = _backward(grad, x, kernel, geometry, plan.groups, needs_input, needs_weight)
     else:
-        grad_input = gradients(kernel, plan.groups, (True, False, False))[0] if needs_input else None
+        grad_input, _ = _backward(grad, x, kernel, geometry, plan.groups, needs_input, False)
         like = _empty(kernel, plan, plan.wide_shape, grad.dtype)  # only its shape and memory format matter
-        grad_wide = gradients(like, plan.wide_groups, (False, True, False))[1] if needs_weight else None
+        _, grad_wide = _backward(grad, x, like, geometry, plan.wide_groups, False, needs_weight)
     return (
         None if grad_input is None else in_format(grad_input, plan.channels_last or is_channels_last(x)),
         None if grad_wide is None else in_format(grad_wide, plan.channels_last),
     )
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, needs_input: bool, needs_weight: bool
+) -> Sequence[Tensor | None]:
+    """Return the gradients of the input and of the weight of a group convolution, or None."""
+    if not (needs_input or needs_weight):
+        return None, None
+    args = (None, *geometry, False, (0, 0), groups, (needs_input, needs_weight, False))
+    return torch.ops.aten.convolution_backward.default(grad, x, weight, *args)[:2]
 
 
 def dense_gradient(grad_wide: Tensor, weight: Tensor, plan: Plan) -> Tensor:
@@ -137,9 +131,7 @@ def gate_gradient(
     grad_wide: Tensor,
     bits: Bits,
     plan: Plan,
-    stride: Size,
-    padding: Size,
-    dilation: Size,
+    geometry: Geometry,
 ) -> Tensor:
     """Compute the gradients of the gates.
 
@@ -154,9 +146,7 @@ def gate_gradient(
         grad_wide: Their gradient.
         bits: The bits of the layer.
         plan: The plan of the layer.
-        stride: See `output`.
-        padding: See `output`.
-        dilation: See `output`.
+        geometry: Stride, padding and dilation.
 
     Returns:
         Gradient of shape (K,), in single precision at least.
@@ -171,7 +161,7 @@ def gate_gradient(
             _sum(pairs.of(w) * pairs.of(grad_wide) if sums is None else pairs.of(sums), slopes[bits.gates[bit]])
     for bit, position, pairs in plan.outside:
         kernel = _gather(weight, pairs, plan, plan.shape, x.dtype)
-        y = torch.conv2d(swap_halves(x, position), kernel, None, stride, padding, dilation, plan.groups)
+        y = torch.conv2d(swap_halves(x, position), kernel, None, *geometry, plan.groups)
         _sum(y.to(dtype) * grad, slopes[bits.gates[bit]])
     return slopes
 
