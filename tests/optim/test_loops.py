@@ -159,6 +159,22 @@ def test_copied_layers_have_the_target_of_their_model() -> None:
     assert sum(complexity(conv).item() for conv in used) <= 0.5 * 4 * 256 + 2 * 16
 
 
+def test_steps_of_copied_layers_count() -> None:
+    model = nn.ModuleList(DGConv2d(16, 16, 1) for _ in range(3))
+    steer(model, target=0.5, steps=8)
+    trained = copy.deepcopy(model[0])
+    model.requires_grad_(False)
+    optimizer = torch.optim.SGD(trained.parameters(), 1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            optimizer.zero_grad()
+            trained(torch.randn(2, 16, 4, 4)).square().mean().backward()
+            gradient = trained.gate.grad.clone()
+            optimizer.step()
+    assert not gradient.any()  # the gates stand still
+
+
 def train(model: nn.Module, step: Callable[[], Any], count: int = 8) -> None:
     for _ in range(count):
         model.train()(torch.randn(2, 3, 32, 32)).square().mean().backward()

@@ -246,7 +246,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     for model, before in zip(step.steered, step.before, strict=True):
         trained = set(model.trained)
         if model.steering.steps is None or overflow is None or not overflow.item():
-            model.steering.count({place for place, gate in enumerate(model.gates) if gate in trained})
+            for steering in model.steerings:
+                steering.count({place for place, gate in enumerate(model.gates) if gate in trained})
         if before is not None:
             _take_back(model, before)
 

@@ -31,6 +31,7 @@ class SteeredModel:
 
     Attributes:
         steering: What steers the model.
+        steerings: The same, and those of copied layers, which count the steps of the model, too.
         gates: The gate parameters of all layers. Layers can share them.
         trained: The gate parameters that may change.
         places: Per layer the places of its gates.
@@ -50,6 +51,7 @@ class SteeredModel:
                 "build the model with img_size=N"
             )
         self.steering = steering
+        self.steerings = {steering, *(layer.steered.steering for layer in layers.values())}
         self.gates = list(dict.fromkeys(layer.gate for layer in layers.values()))
         self.trained = [gate for gate in self.gates if gate in trained]
         ends = itertools.accumulate(gate.numel() for gate in self.gates)

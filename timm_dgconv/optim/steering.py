@@ -213,8 +213,10 @@ def hold_target(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} has no complexity_target; use timm_dgconv.steer(model, target=...) first"
         )
-    for steering, layers in hooks.models().items():
+    for steering, members in hooks.models().items():
         if steering in steerings:
-            gates = {layer.gate for layer in layers.values()}  # frozen ones, too: averages are often frozen
-            steered_model.hold_gates(steered_model.SteeredModel(steering, layers, gates))
-            steering.warned = True  # the user holds the target
+            gates = {layer.gate for layer in members.values()}  # frozen ones, too: averages are often frozen
+            steered = steered_model.SteeredModel(steering, members, gates)
+            steered_model.hold_gates(steered)
+            for each in steered.steerings:
+                each.warned = True  # the user holds the target
