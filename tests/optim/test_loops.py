@@ -272,6 +272,14 @@ def test_a_copy_of_what_is_left_of_a_network_is_steered() -> None:
     assert sum(conv.num_groups > 1 for conv in layers(average)) > 0
 
 
+def test_gates_of_which_a_process_has_a_part_cannot_be_held() -> None:
+    model = network(complexity_target=TARGET)
+    gate = layers(model)[0].gate
+    gate.data = gate.detach()[:0]  # as DeepSpeed's ZeRO 3 does
+    with pytest.raises(RuntimeError, match=r"gates of layer1\.0\.conv2 are sharded.*GatheredParameters"):
+        hold_target(model)
+
+
 def test_layers_that_tracing_has_left_behind_are_noticed() -> None:
     model = timm.create_model("test_g_resnext", features_only=True, feature_cls="fx", complexity_target=0.1)
     gc.collect()

@@ -197,6 +197,7 @@ def hold_target(model: nn.Module) -> None:
 
     Raises:
         ValueError: If the model has no DGConv2d with a target.
+        RuntimeError: If this process has only a part of the gates.
 
     Examples:
         >>> from timm_dgconv import DGConv2d
@@ -207,7 +208,14 @@ def hold_target(model: nn.Module) -> None:
         >>> conv.num_groups
         4
     """
-    linked = [layer.steered for layer in named_layers(model).values() if layer.steered is not None]
+    layers = named_layers(model)
+    for name, layer in layers.items():
+        if layer.gate.numel() != layer.num_bits or hasattr(layer.gate, "full_tensor"):  # a DTensor
+            raise RuntimeError(
+                f"the gates of {name} are sharded, and hold_target needs whole gates; with DeepSpeed call it in "
+                "deepspeed.zero.GatheredParameters(gates, modifier_rank=0), otherwise before the model is sharded"
+            )
+    linked = [layer.steered for layer in layers.values() if layer.steered is not None]
     steerings = {steered.steering for steered in linked if steered.steering.target is not None}
     if not steerings:
         raise ValueError(
