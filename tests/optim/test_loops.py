@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import gates, layers, set_gates
+from conftest import HAS_OPERATOR, gates, layers, set_gates
 from test_steering import LR, check_term, density, loss_of, network, values
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -188,13 +188,31 @@ def descend(model: nn.Module, rate: float = 1e-4) -> None:
             parameter.sub_(rate * parameter.grad)
 
 
-def test_gates_that_no_torch_optimizer_changes_are_noticed_once() -> None:
+COMPILED = pytest.param("aot_eager", marks=pytest.mark.skipif(not HAS_OPERATOR, reason="no operator in graphs"))
+
+
+@pytest.mark.parametrize("backend", [None, COMPILED])
+def test_gates_that_no_torch_optimizer_changes_are_noticed_once(backend: str | None) -> None:
     model = network(complexity_target=TARGET)
+    if backend is not None:
+        model.compile(backend=backend)
     other = nn.Linear(2, 2)
     torch.optim.AdamW(other.parameters()).step()
     with pytest.warns(UserWarning, match=r"without a step .*last step was of AdamW.*hold_target") as warned:
         train(model, lambda: descend(model), 20)
     assert len(warned) == 1
+
+
+@pytest.mark.skipif(not HAS_OPERATOR, reason="no operator in graphs")
+def test_a_compiled_network_holds_its_target() -> None:
+    model = network(10.0, complexity_target=TARGET)
+    set_gates(model, lambda gate: 0.05)
+    model.compile(backend="aot_eager")
+    optimizer = torch.optim.AdamW(gates(model), 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer.step, 40)
+    assert TARGET / 2 < density(model) <= TARGET
 
 
 def test_usual_loops_are_not_warned_of() -> None:

@@ -4,7 +4,7 @@ Forward and backward use one reading of the gates. Its values are numbers in eag
 compiled graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -287,7 +287,18 @@ def read_gates(gates: Sequence[Tensor]) -> list[Tensor]:
     return [values.clone() for values in flat.split([gate.numel() for gate in gates])]
 
 
-torch.library.impl("timm_dgconv::read_gates", ("cpu", "cuda"), read_gates)
+READ_HOOKS: list[Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = []
+"""What is called with gates and values that a compiled graph has read. The host runs no code of a layer there."""
+
+
+def _read_and_report(gates: Sequence[Tensor]) -> list[Tensor]:
+    values = read_gates(gates)
+    for hook in READ_HOOKS:
+        hook(gates, values)
+    return values
+
+
+torch.library.impl("timm_dgconv::read_gates", ("cpu", "cuda"), _read_and_report)
 torch.library.impl("timm_dgconv::dgconv2d", ("cpu", "cuda"), _output)
 torch.library.impl("timm_dgconv::dgconv2d_backward", ("cpu", "cuda"), _gradients)
 torch.library.register_autograd("timm_dgconv::dgconv2d", _backward, setup_context=_setup_context)

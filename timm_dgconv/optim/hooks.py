@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
+from timm_dgconv.ops.autograd import READ_HOOKS
 from timm_dgconv.optim.steered_model import SteeredModel, add_term, hold_gates
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class SteeredLayer:
                 f"gates have changed in {_NOTICED} training passes without a step of a torch optimizer that has them"
                 f"{_other}, so complexity_weight, complexity_target, gate_bound and gate_steps do not act; use an "
                 "optimizer of torch.optim, or add timm_dgconv.complexity to the loss and call timm_dgconv.hold_target "
-                "after each step",
+                "after each step (docs/steering.md, Loops)",
                 stacklevel=2,
             )
 
@@ -84,6 +85,18 @@ def _register_hooks() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
     _compat.hook_wrappers()
+    READ_HOOKS.append(_notice_compiled)
+
+
+def _notice_compiled(gates: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Let layers notice the values of their gates in compiled graphs, which know where gates are, and no layers."""
+    with _lock:
+        found = [(member, member.layer()) for member in _layers]
+    training = [(member, layer) for member, layer in found if layer is not None and layer.training]
+    members = {layer.gate.data_ptr(): member for member, layer in training if layer.steered is member}
+    for gate, read in zip(gates, values, strict=True):
+        if gate.data_ptr() in members:
+            members[gate.data_ptr()].notice(read.tolist())
 
 
 def leave_behind(gate: "weakref.ref[Tensor]") -> None:
