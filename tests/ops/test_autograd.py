@@ -162,6 +162,41 @@ def test_random_layers_in_lower_precision(dtype: torch.dtype, autocast: bool, da
 
 
 @forms
+@pytest.mark.parametrize("groups", [1, 2, 16, 64])
+@pytest.mark.parametrize("formats", [("channels_last", "contiguous"), ("contiguous", "channels_last")])
+def test_saved_tensors_may_return_in_another_memory_format(
+    formats: tuple[str, str], groups: int, form: dict[str, Any]
+) -> None:
+    """torch.autograd.graph.save_on_cpu(pin_memory=True) loses the format. `model.to` changes it between the passes."""
+    before, after = (ARRANGEMENTS[name] for name in formats)
+    conv = DGConv2d(64, 64, 3, dtype=torch.float64, **form)
+    conv.reset_gate(groups)
+    conv.weight.data = before(conv.weight.data)
+    x = torch.randn(2, 64, 6, 6, dtype=torch.float64, requires_grad=True)
+    expected = results(conv, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: after(t) if t.ndim == 4 else t):
+        found = results(conv, x)
+    assert_close(found, expected, **EXACT)
+    y = conv(x)
+    conv.weight.data = after(conv.weight.data)
+    found = [y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()])]
+    assert_close(found, expected, **EXACT)
+
+
+@forms
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16, 64])
+def test_little_more_is_kept_for_the_backward_pass_than_a_convolution_keeps(groups: int, form: dict[str, Any]) -> None:
+    conv = DGConv2d(64, 64, 3, **form)
+    conv.reset_gate(groups)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        conv(torch.randn(2, 64, 6, 6))
+    numbers = [t.numel() for t in kept if t.ndim == 4]
+    assert max(numbers) == conv.weight.numel()
+    assert sum(numbers) <= conv.weight.numel() * (1 + 3 / 8) + 2 * 64 * 6 * 6
+
+
+@forms
 @pytest.mark.filterwarnings("error:timm_dgconv")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_can_be_differentiated(compiled: bool, form: dict[str, Any]) -> None:

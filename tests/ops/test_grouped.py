@@ -85,7 +85,7 @@ def check(problem: Problem, width: int, device: str) -> None:
             assert grads[1].stride() == weight.stride()
             assert not found[2][connectivity(gate.cpu(), *problem.channels, *problem.form) == 0].any()
             bits = read_bits(problem.gate, *problem.form)
-            plan = grouped.plan(weight, grad.dtype, bits, needs_gate)
+            plan = grouped.plan_layer(weight, grad.dtype, bits, needs_gate)
             counted = [plan.wide_groups, *[plan.groups] * len(plan.outside)]
             assert sorted(convolutions.groups) == sorted(counted)
             assert len(counted) == 1 or not problem.form[1], "nested layers compute one convolution, of any width"

@@ -17,7 +17,12 @@ from timm_dgconv.ops import grouped
 from timm_dgconv.ops.algebra import Bits, read_bits
 from timm_dgconv.ops.grouped import Geometry, Size, is_channels_last
 from timm_dgconv.ops.naive import masked_conv2d
-from timm_dgconv.ops.plan import Plan
+
+KEPT = 8
+"""Number of groups from which the backward pass has the weights that the forward pass has gathered.
+
+With fewer groups these are a large part of the dense weight, and are gathered again.
+"""
 
 
 def is_grouped(input: Tensor, weight: Tensor, gate: Tensor) -> bool:
@@ -114,17 +119,19 @@ def _output(
 
 def _forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, bits: Bits, geometry: Geometry, needs_gate: bool
-) -> tuple[Tensor, Plan, Tensor, Tensor | None]:
-    """Return the output, and what the backward pass needs: the plan and `grouped.group_weights`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the output, and group weight and wide weight for the backward pass, if they are small."""
     weight = _dense(weight)
-    plan = grouped.plan(weight, input.dtype, bits, needs_gate)
-    kernel, wide_weight = grouped.group_weights(weight, plan, input.dtype)
+    plan = grouped.plan_layer(weight, input.dtype, bits, needs_gate)
+    wide_weight = grouped.wide_weight(weight, plan)
+    kernel = grouped.group_weight(weight, wide_weight, plan, input.dtype)
     if plan.is_sorted:
-        return grouped.output(input, kernel, bias, plan, geometry), plan, kernel, wide_weight
-    x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
-    bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
-    y = grouped.output(x, kernel, bias, plan, geometry)
-    return grouped.exchange_bits(y, bits.closed, inverse=True), plan, kernel, wide_weight
+        y = grouped.output(input, kernel, bias, plan, geometry)
+    else:
+        x = grouped.exchange_bits(grouped.in_format(input, is_channels_last(input, weight)), bits.closed)
+        bias = None if bias is None else grouped.exchange_bits(bias, bits.closed, 0)
+        y = grouped.exchange_bits(grouped.output(x, kernel, bias, plan, geometry), bits.closed, inverse=True)
+    return y, kernel if plan.groups >= KEPT else None, wide_weight if plan.wide_groups >= KEPT else None
 
 
 def _gradients(
@@ -136,43 +143,65 @@ def _gradients(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     *_, sort, nested, needs = options
-    w, bits = _dense(weight), _bits(values, sort, nested)
-    plan = grouped.plan(w, grad_output.dtype, bits, needs[2])
-    saved = (bits, plan, *grouped.group_weights(w, plan, grad_output.dtype))
-    grads = _saved_gradients(grad_output, input, weight, gate, saved, options[:3], needs)
+    bits = _bits(values, sort, nested)
+    grads = _grouped_gradients(grad_output, input, weight, gate, bits, options[:3], needs, needs[2], None, None)
     return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _saved_gradients(
+def _grouped_gradients(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
     gate: Tensor,
-    saved: tuple[Bits, Plan, Tensor, Tensor | None],
+    bits: Bits,
     geometry: Geometry,
     needs: Sequence[bool],
+    learns: bool,
+    kernel: Tensor | None,
+    wide_weight: Tensor | None,
 ) -> list[Tensor | None]:
-    """Return the gradients of input, weight and gates that are needed."""
-    bits, plan, kernel, wide_weight = saved
+    """Return the gradients of input, weight and gates that are needed.
+
+    What the forward pass has kept may be in another memory format now, for example after a hook for saved tensors. So
+    nothing here relies on the format that it had.
+
+    Args:
+        grad_output: Gradient of the output.
+        input: Input.
+        weight: Dense weight.
+        gate: Gates.
+        bits: The bits of the layer.
+        geometry: Stride, padding and dilation.
+        needs: Which of the three gradients are needed.
+        learns: Whether the forward pass has planned gradients for the gates.
+        kernel: Group weight of the forward pass, if it was kept.
+        wide_weight: Wide weight of the forward pass, if it was kept.
+    """
     needs_input, needs_weight, needs_gate = needs
-    channels_last = is_channels_last(input, weight)
+    w, channels_last = _dense(weight), is_channels_last(input, weight)
+    plan = grouped.plan_layer(w, grad_output.dtype, bits, learns)
+    if wide_weight is None:
+        wide_weight = grouped.wide_weight(w, plan)
+    if kernel is None:
+        kernel = grouped.group_weight(w, wide_weight, plan, grad_output.dtype)
+    kernel = grouped.in_format(kernel, plan.channels_last)
     grad, x = grouped.in_format(grad_output, channels_last), grouped.in_format(input, channels_last)
     if not plan.is_sorted:
         grad, x = (grouped.exchange_bits(tensor, bits.closed) for tensor in (grad, x))
     grad_weight = grad_gate = None
     with _without_autocast(input):
-        needs = (needs_input, needs_weight or needs_gate)
-        grad_input, grad_wide = grouped.convolution_gradients(grad, x, kernel, plan, geometry, *needs)
+        wanted = (needs_input, needs_weight or needs_gate)
+        grad_input, grad_wide = grouped.convolution_gradients(grad, x, kernel, plan, geometry, *wanted)
         if grad_input is not None and not plan.is_sorted:
             grad_input = grouped.exchange_bits(grad_input, bits.closed, inverse=True)
-        if grad_wide is not None:
-            w = _dense(weight)
+        if grad_wide is not None and needs_weight:
             grad_weight = grouped.dense_gradient(grad_wide, w, plan)
             if grad_weight.stride() != weight.stride():
                 grad_weight = torch.empty_like(weight).copy_(grad_weight)
-            if needs_gate:
-                grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, grad_wide, bits, plan, geometry)
-                grad_gate = grad_gate.to(gate.dtype)
+        if grad_wide is not None and needs_gate:
+            if wide_weight is not None:
+                wide_weight = grouped.in_format(wide_weight, plan.channels_last)
+            grad_gate = grouped.gate_gradient(grad, x, w, wide_weight, grad_wide, bits, plan, geometry).to(gate.dtype)
     return [grad_input, grad_weight, grad_gate]
 
 
@@ -220,7 +249,7 @@ def _with_bias(
 
 
 def _masked_gradients(
-    grad_output: Tensor, tensors: Sequence[Any], values: Tensor | Sequence[float], options: Any, needs: Sequence[bool]
+    grad_output: Tensor, tensors: Sequence[Any], values: Tensor, options: Any, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients of the masked dense form, which torch can differentiate again and batch."""
     create_graph = torch.is_grad_enabled()
@@ -229,7 +258,7 @@ def _masked_gradients(
         tensors = [t if t is None or not needed else t.view_as(t) for t, needed in zip(tensors, needs, strict=True)]
         input, weight, bias, gate = tensors
         bias = None if bias is None else bias.to(input.dtype)
-        read = _on_host(values).to(gate.device)
+        read = values.to(gate.device)
         output = masked_conv2d(input, weight, bias, gate, *options, read, input.dtype)  # type: ignore[call-arg]
         wanted = [tensor for tensor, needed in zip(tensors, needs, strict=True) if needed]
         grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
@@ -244,12 +273,11 @@ class _DGConv2d(torch.autograd.Function):
     """The operator in eager mode. It skips torch's dispatcher, which needs a third of the host's time."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # not through torch's dispatcher, which takes as long as a layer
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         input, weight, bias, gate, ctx.values, ctx.options = inputs
-        ctx.bits = _bits(ctx.values, *ctx.options[3:])
-        needs_gate = ctx.needs_input_grad[3]
-        y, ctx.plan, *weights = _forward(input, weight, bias, ctx.bits, ctx.options[:3], needs_gate)
-        ctx.save_for_backward(input, weight, bias, gate, *weights)
+        ctx.bits, ctx.learns = _bits(ctx.values, *ctx.options[3:]), ctx.needs_input_grad[3]
+        y, *kept = _forward(input, weight, bias, ctx.bits, ctx.options[:3], ctx.learns)
+        ctx.save_for_backward(input, weight, bias, gate, *kept)
         return y
 
     @staticmethod
@@ -260,8 +288,8 @@ class _DGConv2d(torch.autograd.Function):
         if torch.is_grad_enabled() or _compat.is_batched(grad_output) or _compat.dispatch_modes_are_active():
             return *_op_gradients(grad_output, tensors, _on_host(ctx.values), ctx.options, needs), None, None
         input, weight, bias, gate = tensors
-        saved, wanted = (ctx.bits, ctx.plan, kernel, wide_weight), (needs[0], needs[1], needs[3])
-        grads = _saved_gradients(grad_output, input, weight, gate, saved, ctx.options[:3], wanted)
+        args = (ctx.bits, ctx.options[:3], (needs[0], needs[1], needs[3]), ctx.learns, kernel, wide_weight)
+        grads = _grouped_gradients(grad_output, input, weight, gate, *args)
         return *_with_bias(grads, grad_output, bias, needs), None, None
 
 
@@ -322,7 +350,7 @@ def _fake_gradients(
     needs_input, needs_weight, needs_gate = options[-1]
     grads = (
         torch.empty_like(input, memory_format=_memory_format(input, weight)) if needs_input else None,
-        torch.empty_like(weight) if needs_weight or needs_gate else None,
+        torch.empty_like(weight) if needs_weight else None,
         torch.empty_like(gate) if needs_gate else None,
     )
     return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
@@ -342,7 +370,7 @@ def _flops(input: Tensor, weight: Tensor, bias: Any, gate: Any, values: Tensor, 
 def _backward_flops(grad_output: Tensor, input: Tensor, weight: Tensor, gate: Any, *args: Any, **_: Any) -> int:
     """Count a group convolution for the input, and those for the weight and the gates with their groups."""
     sort, nested, (needs_input, needs_weight, needs_gate) = args[-3:]
-    plan = grouped.plan(weight, grad_output.dtype, _bits(args[0], sort, nested), needs_gate)
+    plan = grouped.plan_layer(weight, grad_output.dtype, _bits(args[0], sort, nested), needs_gate)
     groups = [plan.groups] * needs_input
     if needs_weight or needs_gate:
         groups += [plan.wide_groups, *[plan.groups] * len(plan.outside)]

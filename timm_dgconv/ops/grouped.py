@@ -1,8 +1,8 @@
 """The fast form: output and gradients as group convolutions. README.md has the derivation, `plan.py` the views.
 
 Inputs and outputs have their groups in contiguous ranges of channels. `exchange_bits` brings those of an unsorted layer
-into this order. The weight stays as it is: the blocks of all groups are a strided view of it. The neighbour of a group
-across a closed bit is a swap of halves. So there are no index tensors except in `exchange_bits`.
+into this order. The weights of all groups are a strided view of the dense weight. The neighbour of a group across a
+closed bit is a swap of halves. So there are no index tensors except in `exchange_bits`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ MIN_CHANNELS = {("cpu", False): 16, ("cpu", True): 16, ("cuda", False): 64, ("cu
 """
 
 
-def plan(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> Plan:
+def plan_layer(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> Plan:
     """Return the plan of a layer.
 
     Args:
@@ -34,28 +34,27 @@ def plan(weight: Tensor, dtype: torch.dtype, bits: Bits, needs_gate: bool) -> Pl
         bits: The bits of the layer.
         needs_gate: Whether the gates need gradients.
     """
-    width = MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
+    min_channels = MIN_CHANNELS[weight.device.type, dtype.itemsize == 2]
     learns = tuple(gate >= 0 for gate in bits.gates) if needs_gate else (False,) * len(bits.gates)
-    return make_plan(bits.closed, learns, tuple(weight.shape), is_channels_last(weight), width)
+    return make_plan(bits.closed, learns, tuple(weight.shape), is_channels_last(weight), min_channels)
 
 
-def group_weights(weight: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return the weights inside of the groups, and those inside of the wide groups if a gate learns from them.
+def wide_weight(weight: Tensor, plan: Plan) -> Tensor | None:
+    """Return the weights inside of the wide groups, of shape `plan.wide_shape`, or None if no gate learns from them."""
+    return _gather(weight, plan.wide_weights, plan, plan.wide_shape, weight.dtype) if plan.inside else None
+
+
+def group_weight(weight: Tensor, wide_weight: Tensor | None, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """Return the weights inside of the groups, of shape `plan.shape`.
 
     Args:
         weight: Dense weight.
+        wide_weight: See `wide_weight`. Its elements are near to each other in memory.
         plan: The plan of the layer.
         dtype: Dtype of input and output.
-
-    Returns:
-        Weight of shape (C_out, C_in / groups, kernel height, kernel width) in `dtype`. Weight of shape (C_out,
-        C_in / wide groups, kernel height, kernel width) in the dtype of `weight`, or None.
     """
-    source, view, wide = weight, plan.weights, None
-    if plan.inside:
-        wide = _gather(weight, plan.wide_weights, plan, plan.wide_shape, weight.dtype)
-        source, view = wide, plan.blocks  # they are near to each other in memory, those of the dense weight are not
-    return _gather(source, view if plan.groups > 1 else None, plan, plan.shape, dtype), wide
+    source, view = (weight, plan.weights) if wide_weight is None else (wide_weight, plan.blocks)
+    return _gather(source, view if plan.weights else None, plan, plan.shape, dtype)
 
 
 def output(input: Tensor, kernel: Tensor, bias: Tensor | None, plan: Plan, geometry: Geometry) -> Tensor:
@@ -63,7 +62,7 @@ def output(input: Tensor, kernel: Tensor, bias: Tensor | None, plan: Plan, geome
 
     Args:
         input: Input of shape (N, C_in, H, W).
-        kernel: The weights inside of the groups, see `group_weights`.
+        kernel: The weights inside of the groups, see `group_weight`.
         bias: Bias of shape (C_out,) or None.
         plan: The plan of the layer.
         geometry: Stride, padding and dilation.
@@ -86,7 +85,7 @@ def convolution_gradients(
     Args:
         grad: Gradient of the output. Here and below, it has the memory format of the output.
         x: Input, in the same memory format.
-        kernel: The weights inside of the groups, see `group_weights`.
+        kernel: The weights inside of the groups, see `group_weight`.
         plan: The plan of the layer.
         geometry: Stride, padding and dilation.
         needs_input: Whether to compute the gradient of the input.
@@ -96,8 +95,10 @@ def convolution_gradients(
         grad_input, grad_wide = _backward(grad, x, kernel, geometry, plan.groups, needs_input, needs_weight)
     else:
         grad_input, _ = _backward(grad, x, kernel, geometry, plan.groups, needs_input, False)
-        like = _empty(kernel, plan, plan.wide_shape, grad.dtype)  # only its shape and memory format matter
-        _, grad_wide = _backward(grad, x, like, geometry, plan.wide_groups, False, needs_weight)
+        grad_wide = None
+        if needs_weight:
+            like = _empty(kernel, plan, plan.wide_shape, grad.dtype)  # only its shape and memory format matter
+            _, grad_wide = _backward(grad, x, like, geometry, plan.wide_groups, False, True)
     return (
         None if grad_input is None else in_format(grad_input, plan.channels_last or is_channels_last(x)),
         None if grad_wide is None else in_format(grad_wide, plan.channels_last),
@@ -116,7 +117,7 @@ def _backward(
 
 def dense_gradient(grad_wide: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """Return the gradient of the dense weight: that of the weights inside of the groups, and zeros elsewhere."""
-    if plan.groups == 1:
+    if plan.weights is None:
         return grad_wide.to(weight.dtype)
     result = torch.zeros_like(weight)
     plan.weights.of(result).copy_(plan.blocks.of(grad_wide))
@@ -142,7 +143,7 @@ def gate_gradient(
         grad: Gradient of the output.
         x: Input.
         weight: Dense weight.
-        wide_weight: The weights inside of the wide groups, see `group_weights`, or None if no bit inside learns.
+        wide_weight: The weights inside of the wide groups, see `wide_weight`.
         grad_wide: Their gradient.
         bits: The bits of the layer.
         plan: The plan of the layer.
@@ -166,19 +167,10 @@ def gate_gradient(
     return slopes
 
 
-def diagonal_blocks(products: Tensor, groups: int, dim: int = 0) -> Tensor:
-    """Return a view of the diagonal blocks of a tensor.
-
-    Args:
-        products: Tensor with the dimensions (C_out, C_in) from `dim` on.
-        groups: Number of blocks.
-        dim: The dimension of C_out.
-
-    Returns:
-        View with the dimensions (groups, C_out / groups, C_in / groups) there.
-    """
-    blocks = products.unflatten(dim + 1, (groups, -1)).unflatten(dim, (groups, -1))
-    return blocks.diagonal(0, dim, dim + 2).movedim(-1, dim)
+def diagonal_blocks(weight: Tensor, groups: int) -> Tensor:
+    """Return the diagonal blocks of a dense weight, a view of shape (groups, C_out / groups, C_in / groups, ...)."""
+    blocks = weight.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))
+    return blocks.diagonal(0, 0, 2).movedim(-1, 0)
 
 
 def _sum(x: Tensor, out: Tensor) -> None:

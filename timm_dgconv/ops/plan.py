@@ -1,7 +1,7 @@
 """The plan of a layer: how many groups its convolutions have, and where the weights of these groups are.
 
-A plan follows from the bits and the shape of the weight. It consists of numbers, so one plan serves all passes, layers
-and threads with the same bits and shapes. README.md has the derivation.
+A plan holds no tensors, so one plan serves all passes, layers and threads with the same bits and shapes. README.md has
+the derivation.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
         shape: Shape of the weights inside of the groups (C_out, C_in / groups, kernel height, kernel width).
         wide_groups: Number of groups of the weight gradient.
         wide_shape: Shape of the weights inside of the wide groups.
-        weights: The weights inside of the groups, a view of the dense weight.
+        weights: The weights inside of the groups, a view of the dense weight. None if there is one group.
         wide_weights: The weights inside of the wide groups, a view of the dense weight. None if these are all weights,
             in their order.
         blocks: The weights inside of the groups, a view of the wide weights.
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]
     wide_groups: int
     wide_shape: tuple[int, ...]
-    weights: View
+    weights: View | None
     wide_weights: View | None
     blocks: View
     sum_kernel: bool
@@ -66,7 +66,11 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def make_plan(
-    is_closed: tuple[bool, ...], learns: tuple[bool, ...], shape: tuple[int, ...], channels_last: bool, width: int
+    is_closed: tuple[bool, ...],
+    learns: tuple[bool, ...],
+    shape: tuple[int, ...],
+    channels_last: bool,
+    min_channels: int,
 ) -> Plan:
     """Return the plan of a layer.
 
@@ -75,41 +79,41 @@ def make_plan(
         learns: Whether a gate needs the slope of each bit.
         shape: Shape of the dense weight (C_out, C_in, kernel height, kernel width).
         channels_last: Whether the weight is in channels_last, and not contiguous.
-        width: Number of channels per group from which a weight gradient is fast.
+        min_channels: Number of channels per group from which a weight gradient is fast.
     """
     order, num_closed = closed_first(is_closed), sum(is_closed)
     closed, opened = order[:num_closed], order[num_closed:]
-    fast = (shape[1] // width).bit_length() - 1
+    fast = (shape[1] // min_channels).bit_length() - 1
     num_outer = max(min(num_closed - any(learns), fast), 0)
     outer, merged = closed[:num_outer], closed[num_outer:]
     wide_shape = (shape[0], shape[1] >> num_outer, *shape[2:])
     positions = range(len(order))  # of the channels of wide weights, which have their closed bits first
     slopes = [(bit, position) for position, bit in enumerate(order) if learns[bit]]
-    # Each bit needs half of the products or less. Two halves are not more than all.
+    # A bit needs at most half of the products, so one or two bits do not need all of them.
     sum_kernel = sum(position >= num_outer for _, position in slopes) > 2
-    layout = ((*wide_shape[:2], 1, 1), False) if sum_kernel else (wide_shape, channels_last)
+    products = ((*wide_shape[:2], 1, 1), False) if sum_kernel else (wide_shape, channels_last)
     inside, outside = [], []
     for bit, position in slopes:
         if position >= num_outer:
             agree = sorted({*positions[:num_closed], position})
             free = [other for other in positions[num_closed:] if other != position]
-            inside.append((bit, _pairs(*layout, agree, free, position, num_outer)))
+            inside.append((bit, _pairs(*products, agree, free, position, num_outer)))
         else:
             outside.append((bit, position, _pairs(shape, channels_last, closed, opened, bit)))
     is_sorted = order == sorted(order)
     return Plan(
-        is_sorted,
-        channels_last,
-        1 << num_closed,
-        (shape[0], shape[1] >> num_closed, *shape[2:]),
-        1 << num_outer,
-        wide_shape,
-        _pairs(shape, channels_last, closed, opened),
-        None if not outer and is_sorted else _pairs(shape, channels_last, outer, [*merged, *opened]),
-        _pairs(wide_shape, channels_last, positions[:num_closed], positions[num_closed:], num_outer=num_outer),
-        sum_kernel,
-        tuple(inside),
-        tuple(outside),
+        is_sorted=is_sorted,
+        channels_last=channels_last,
+        groups=1 << num_closed,
+        shape=(shape[0], shape[1] >> num_closed, *shape[2:]),
+        wide_groups=1 << num_outer,
+        wide_shape=wide_shape,
+        weights=_pairs(shape, channels_last, closed, opened) if closed else None,
+        wide_weights=None if not outer and is_sorted else _pairs(shape, channels_last, outer, [*merged, *opened]),
+        blocks=_pairs(wide_shape, channels_last, positions[:num_closed], positions[num_closed:], num_outer=num_outer),
+        sum_kernel=sum_kernel,
+        inside=tuple(inside),
+        outside=tuple(outside),
     )
 
 
@@ -126,7 +130,7 @@ def _pairs(
     Args:
         shape: Shape of the weight (C_out, C_in / 2^num_outer, kernel height, kernel width).
         channels_last: Memory format of the weight.
-        agree: Bits in which the channels of a pair agree.
+        agree: Bits of the weight's channels in which a pair agrees. Wide weights have the closed bits first.
         free: All other bits.
         across: One of the bits in `agree`, in which the channels of a pair differ instead.
         num_outer: Number of bits before those of the input channels. They identify the group of a group convolution.
