@@ -142,6 +142,7 @@ def _gradients(
     values: Tensor | Sequence[float],
     *options: Any,
 ) -> tuple[Tensor, ...]:
+    """Return the gradients of input, weight and gates, or empty tensors for those that are not needed."""
     *_, sort, nested, needs = options
     bits = _bits(values, sort, nested)
     grads = _grouped_gradients(grad_output, input, weight, gate, bits, options[:3], needs, needs[2], None, None)
