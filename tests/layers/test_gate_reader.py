@@ -244,7 +244,7 @@ def check_sequence(seed: int, sequence: list[Any]) -> None:
 
 @pytest.fixture
 def transfers(monkeypatch: Patch) -> list[str]:
-    """The readings of gates from a device, in eager mode."""
+    """The readings of gates from a device."""
     found: list[str] = []
     read_gates, read_alone = autograd.read_gates, gate_reader.read_alone
     monkeypatch.setattr(autograd, "read_gates", lambda gates: found.append("pass") or read_gates(gates))
@@ -319,7 +319,7 @@ def test_a_network_compiles_once_and_a_call_has_one_transfer(name: str, training
                 y.sum().backward()
         readings = [event.name for event in profile.function_events].count("timm_dgconv::read_gates")
         assert readings == HAS_OPERATOR
-        assert not transfers
+        assert transfers == ["pass"] * HAS_OPERATOR
         twin: Any = reference(model)
         assert_close(y, twin(x))
         if training:
