@@ -162,7 +162,7 @@ def pair_runs(model: str, seeds: Sequence[int]) -> list[Run]:
     result = [Run(model, "scratch", "dense", 1.0, seed) for seed in seeds]
     for seed in seeds:
         result += [Run(model, "scratch", name, 1 / 2, seed) for name in (NARROW, "fixed")]
-        names = ("learned, settled early", "pruned to the target", "fixed")
+        names = ("learned, settled early", "learned, 1x1 too", "pruned to the target", PRUNED_FIRST, "fixed")
         result += [Run(model, "dense", name, 1 / 2, seed) for name in names]
     return result
 
