@@ -13,6 +13,7 @@ from conftest import HAS_OPERATOR, gates, layers, set_gates
 from test_steering import LR, check_term, density, loss_of, network, values
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
@@ -213,6 +214,18 @@ def test_a_compiled_network_holds_its_target() -> None:
         warnings.simplefilter("error")
         train(model, optimizer.step, 40)
     assert TARGET / 2 < density(model) <= TARGET
+
+
+@pytest.mark.skipif(not HAS_OPERATOR, reason="no operator in graphs")
+def test_a_compiled_network_does_not_look_for_gates_without_an_address() -> None:
+    """Sharded gates have none. Fake ones stand for them."""
+    model, other = network(complexity_target=TARGET), network(complexity_target=TARGET).train()
+    fake = FakeTensorMode().from_tensor(layers(other)[0].gate.detach())
+    layers(other)[0].sorted_gate = nn.Parameter(fake)
+    model.compile(backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, lambda: descend(model), 1)
 
 
 def test_usual_loops_are_not_warned_of() -> None:

@@ -120,7 +120,7 @@ def read_bits(gate: Sequence[float], sort: bool, nested: bool) -> Bits:
             f"gates of a DGConv2d are nan: {list(gate)}; the training has diverged: go back to an earlier checkpoint "
             "and use a smaller learning rate or gradient clipping"
         )
-    closed = [math.copysign(1, value) < 0 for value in gate]
+    closed = [is_closed(value) for value in gate]
     learns = [-1 if math.isinf(value) else k for k, value in enumerate(gate)]
     if not sort:
         return Bits(tuple(closed), tuple(learns))

@@ -19,9 +19,9 @@ from timm_dgconv.ops.grouped import Geometry, Size, is_channels_last
 from timm_dgconv.ops.naive import masked_conv2d
 
 KEPT = 8
-"""Number of groups from which the backward pass has the weights that the forward pass has gathered.
+"""From this number of groups on, the backward pass uses the weights that the forward pass has gathered.
 
-With fewer groups these are a large part of the dense weight, and are gathered again.
+With fewer groups these are a large part of the dense weight. Then the backward pass gathers them again.
 """
 
 
@@ -317,7 +317,7 @@ def read_gates(gates: Sequence[Tensor]) -> list[Tensor]:
 
 
 READ_HOOKS: list[Callable[[Sequence[Tensor], Sequence[Tensor]], None]] = []
-"""What is called with gates and values that a compiled graph has read. The host runs no code of a layer there."""
+"""Functions that get the gates and the values that a compiled graph has read. The host runs no code of a layer then."""
 
 
 def _read_and_report(gates: Sequence[Tensor]) -> list[Tensor]:

@@ -43,11 +43,12 @@ class Plan(NamedTuple):
         wide_weights: The weights inside of the wide groups, a view of the dense weight. None if these are all weights,
             in their order.
         blocks: The weights inside of the groups, a view of the wide weights.
-        sum_kernel: Whether there are many bits inside of the wide groups. Then the products of wide weights and their
-            gradients are summed over the kernel first.
-        inside: Bit and pairs of each bit inside of the wide groups whose slope is learned, views of the wide weights,
-            or of the sums.
-        outside: Bit, position among the closed bits, and pairs of the others, views of the dense weight.
+        sum_kernel: Whether gates learn from more than two bits inside of the wide groups. Then the products of wide
+            weights and their gradients are summed over the kernel first.
+        inside: The bits inside of the wide groups from which gates learn. Each has a view of the pairs of channels that
+            differ in it. This is a view of the wide weights, or of the sums.
+        outside: The other bits from which gates learn. Each has its position among the closed bits, and a view of the
+            dense weight.
     """
 
     is_sorted: bool

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from timm_dgconv import _compat
 from timm_dgconv.layers.dgconv import DGConv2d
-from timm_dgconv.ops.autograd import READ_HOOKS
+from timm_dgconv.ops.autograd import READ_HOOKS, is_plain
 from timm_dgconv.optim.steered_model import SteeredModel, add_term, hold_gates
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _notice_compiled(gates: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     with _lock:
         found = [(member, member.layer()) for member in _layers]
     training = [(member, layer) for member, layer in found if layer is not None and layer.training]
-    members = {layer.gate.data_ptr(): member for member, layer in training if layer.steered is member}
+    current = [(member, layer.gate) for member, layer in training if layer.steered is member]
+    members = {gate.data_ptr(): member for member, gate in current if is_plain(gate)}  # sharded gates have no address
     for gate, read in zip(gates, values, strict=True):
         if gate.data_ptr() in members:
             members[gate.data_ptr()].notice(read.tolist())

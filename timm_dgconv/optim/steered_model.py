@@ -31,7 +31,7 @@ class SteeredModel:
 
     Attributes:
         steering: What steers the model.
-        steerings: The same, and those of copied layers, which count the steps of the model, too.
+        steerings: `steering`, and that of each layer that is a copy. All of them count the steps of the model.
         gates: The gate parameters of all layers. Layers can share them.
         trained: The gate parameters that may change.
         places: Per layer the places of its gates.

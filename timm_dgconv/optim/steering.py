@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from timm_dgconv.layers.bottleneck import movable_blocks
+from timm_dgconv.layers.gate_reader import has_values
 from timm_dgconv.optim import hooks, steered_model
 from timm_dgconv.optim.cost import CostTable, cost_table, named_layers
 
@@ -210,7 +211,7 @@ def hold_target(model: nn.Module) -> None:
     """
     layers = named_layers(model)
     for name, layer in layers.items():
-        if layer.gate.numel() != layer.num_bits or hasattr(layer.gate, "full_tensor"):  # a DTensor
+        if not has_values(layer) or hasattr(layer.gate, "full_tensor"):  # a DTensor
             raise RuntimeError(
                 f"the gates of {name} are sharded, and hold_target needs whole gates; with DeepSpeed call it in "
                 "deepspeed.zero.GatheredParameters(gates, modifier_rank=0), otherwise before the model is sharded"
